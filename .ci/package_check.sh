@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds the wheel, installs it outside the checkout, and checks what a user would get.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+python=$root/${PYTHON:-.venv/bin/python}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+rm -rf build  # setuptools would put files of an earlier build into the wheel
+"$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$scratch" .
+wheel=$(echo "$scratch"/*.whl)
+
+# A new environment that borrows the dependencies: the path file makes them importable, but not the
+# checkout, because the path files inside the borrowed folder are not read.
+"$python" -m venv "$scratch/venv"
+borrowed=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+own=$("$scratch/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
+echo "$borrowed" > "$own/borrowed.pth"
+
+cd "$scratch"
+"$scratch/venv/bin/python" "$root/.ci/check_installed.py"
+libraries=("$own"/talos_fast/*.so)
+if [ -e "${libraries[0]}" ]; then
+  "$python" "$root/tests/abi.py" "${libraries[@]}"
+else
+  echo "no compiled library in this wheel: no compiler here"
+fi
+"$scratch/venv/bin/talos-fast" --help > /dev/null
+echo "package check passed: $(basename "$wheel")"

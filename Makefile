@@ -1,0 +1,46 @@
+# Everything runs in .venv, made on first use. It holds torch once: the package is built against that
+# torch (--no-build-isolation) instead of downloading a second one for the build.
+PYTHON ?= python3
+OUT ?= demo-output
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint bench gpu package-check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/talos-fast demo --out $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest tests -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict talos_fast
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks/ --benchmark
+
+# On a machine with a GPU, with the Python that is there: see the script.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+
+package-check: $(VENV)/.test
+	PYTHON=$(BIN)/python bash .ci/package_check.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info talos_fast/*.so
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) "setuptools>=77" wheel ninja numpy "torch>=2.11"
+	touch $@
+
+# One stamp an extra; each installs the same editable package, so they live side by side.
+$(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) --no-build-isolation -e '.[$*]'
+	touch $@

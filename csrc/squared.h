@@ -1,0 +1,51 @@
+// The arithmetic of accumulate_squared_per_sample_, once for every device. It includes nothing of
+// torch and nothing of CUDA, so g++ and nvcc compile the very same functions and the CPU tests cover
+// what runs on a GPU. `Element` is a SIMD vector on the CPU and a scalar in a CUDA thread.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define TALOS_SHARED __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// The caller chooses the instruction set (see cpu_tile.h), so the body must land inside the caller.
+#define TALOS_SHARED inline __attribute__((always_inline))
+#else
+#define TALOS_SHARED inline
+#endif
+
+namespace talos {
+
+// products[r][c] += grads[r] * inputs[c]: one token of one sample.
+template <int ROWS, int COLS, typename Element, typename Scalar>
+TALOS_SHARED void add_outer_product(Element (&products)[ROWS][COLS], const Scalar* grads,
+                                    const Element (&inputs)[COLS]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < COLS; ++c) products[r][c] += grads[r] * inputs[c];
+  }
+}
+
+// squares[r][c] += products[r][c]^2: the end of one sample.
+template <int ROWS, int COLS, typename Element>
+TALOS_SHARED void add_squares(Element (&squares)[ROWS][COLS], const Element (&products)[ROWS][COLS]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < COLS; ++c) squares[r][c] += products[r][c] * products[r][c];
+  }
+}
+
+// scores (outs, ins), inputs (samples, tokens, ins), grads (samples, tokens, outs), all row-major.
+struct Shape {
+  int64_t samples, tokens, outs, ins;
+};
+
+// How many tiles of `tile` elements cover `extent`, and how much of the tile at `begin` is inside.
+TALOS_SHARED int64_t tile_count(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
+TALOS_SHARED int64_t tile_extent(int64_t begin, int64_t extent, int64_t tile) {
+  return extent - begin < tile ? extent - begin : tile;
+}
+
+}  // namespace talos

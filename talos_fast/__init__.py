@@ -1,0 +1,26 @@
+"""Task-localized sparse fine-tuning and task arithmetic: calibrate, finetune, merge, evaluate."""
+
+__version__ = "0.1.0"
+
+from talos_fast.calibrate import calibrate
+from talos_fast.errors import TalosError
+from talos_fast.evaluate import Accuracy, evaluate
+from talos_fast.finetune import finetune
+from talos_fast.mask import Mask
+from talos_fast.merge import AlphaSearch, merge, search_alpha
+from talos_fast.optim import MaskedAdam
+from talos_fast.task_vector import TaskVector
+
+__all__ = [
+    "Accuracy",
+    "AlphaSearch",
+    "Mask",
+    "MaskedAdam",
+    "TalosError",
+    "TaskVector",
+    "calibrate",
+    "evaluate",
+    "finetune",
+    "merge",
+    "search_alpha",
+]

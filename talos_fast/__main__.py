@@ -1,0 +1,5 @@
+"""``python -m talos_fast`` is the ``talos-fast`` program."""
+
+from talos_fast.cli import main
+
+main()

@@ -1,0 +1,158 @@
+"""``talos-fast calibrate | finetune | merge | evaluate | inspect | demo``: the functions, same names and defaults."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import talos_fast as talos
+from talos_fast import storage
+from talos_fast.cli import options as o
+from talos_fast.cli.edit import app as edit_app
+from talos_fast.cli.inspect import app as inspect_app
+from talos_fast.sensitivity.estimators import Estimator
+from talos_fast.train import Amp, Schedule
+
+app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(edit_app)
+app.add_typer(inspect_app)
+
+
+def main() -> None:
+    """The ``talos-fast`` program: bad input gets one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except talos.TalosError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+
+
+def _version(on: bool) -> None:
+    if on:
+        typer.echo(f"talos-fast {talos.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Task-localized sparse fine-tuning and task arithmetic."""
+
+
+@app.command()
+def calibrate(
+    model: o.Model,
+    data: o.Data,
+    out: Annotated[Path, typer.Option(help="The mask, a .safetensors file.")] = Path("mask.safetensors"),
+    pretrained: o.Pretrained = None,
+    density: Annotated[float | None, typer.Option(help="Fraction that trains; default 0.1.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="1 - density, instead of it.")] = None,
+    estimator: Annotated[Estimator, typer.Option(help="What is differentiated.")] = "fisher",
+    rounds: Annotated[int, typer.Option(help="Of scoring and selecting.")] = 4,
+    damage: Annotated[float, typer.Option(help="Factor on rejected entries between rounds.")] = 0.1,
+    samples_per_input: Annotated[int, typer.Option(help="Probes an input.")] = 1,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; repeatable.")] = None,
+    samples: Annotated[int, typer.Option(help="Training inputs to score on, a round.")] = 512,
+    batch_size: o.BatchSize = 32,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Find the entries that a task is least sensitive to, and write them as a mask."""
+    (task,) = o.load_tasks([data])
+    backbone = o.load_backbone(model, pretrained, device, dtype)
+    classifier = backbone.classifier(task)
+    mask = talos.calibrate(
+        classifier, backbone.batches(task.train, batch_size=batch_size, seed=seed, limit=samples),
+        density=density, sparsity=sparsity, estimator=estimator, rounds=rounds, damage=damage,
+        samples_per_input=samples_per_input, include=include, exclude=exclude, seed=seed, progress=not quiet,
+    )  # fmt: skip
+    mask.info |= {"model": model, "pretrained": pretrained, "task": task.name, "samples": min(samples, len(task.train))}
+    mask.save(out)
+    typer.echo(f"{out}: {mask}")
+
+
+@app.command()
+def finetune(
+    model: o.Model,
+    data: o.Data,
+    out: Annotated[Path, typer.Option(help="The task vector, a folder.")] = Path("task_vector"),
+    pretrained: o.Pretrained = None,
+    method: Annotated[str, typer.Option(help="talos | nonlinear")] = "talos",
+    mask: Annotated[Path | None, typer.Option(help="What calibrate wrote; for talos.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How long; or --steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
+    weight_decay: Annotated[float, typer.Option(help="Of the entries that train.")] = 0.1,
+    warmup: Annotated[int | None, typer.Option(help="Steps; default 500, or a tenth of the run.")] = None,
+    schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = "cosine",
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    amp: Annotated[Amp, typer.Option(help="bf16 autocast; auto: on CUDA.")] = "auto",
+    checkpoint_dir: Annotated[Path | None, typer.Option(help="Default: OUT/checkpoint, removed when done.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from a checkpoint that is there.")] = True,
+    batch_size: o.BatchSize = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Fine-tune on a task, and write the task vector. Interrupted, the same command goes on."""
+    selected = None if mask is None else talos.Mask.load(mask)
+    (task,) = o.load_tasks([data])
+    backbone = o.load_backbone(model, pretrained, device, dtype)
+    classifier = backbone.classifier(task)
+    batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=seed)
+    checkpoint = checkpoint_dir or out / "checkpoint"
+    try:
+        vector = talos.finetune(
+            classifier, batches, method=method, mask=selected, epochs=epochs, steps=steps, lr=lr,
+            weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate,
+            amp=amp, checkpoint_dir=checkpoint, resume=resume, seed=seed, progress=not quiet,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the same command goes on from {checkpoint}", err=True)
+        raise typer.Exit(130) from None
+    vector.info |= {"model": model, "pretrained": pretrained, "task": task.name, "batch_size": batch_size}
+    vector.save_pretrained(out)
+    if checkpoint_dir is None:
+        shutil.rmtree(out / "checkpoint")
+    accuracy = talos.evaluate(classifier, backbone.batches(task.validation, batch_size=batch_size), progress=not quiet)
+    typer.echo(f"{out}: {vector}; validation accuracy {accuracy}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the table, the plots and the vectors.")] = Path("demo-output"),
+    model: o.Model = "tiny",
+    pretrained: o.Pretrained = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A task; repeatable. Default: the embedded ones.")] = None,
+    control: Annotated[Path | None, typer.Option(help="The control task of negation.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of fine-tuning a task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs a batch.")] = None,
+    nonlinear_lr: Annotated[list[float] | None, typer.Option(help="Rates to choose from; repeatable.")] = None,
+    talos_lr: Annotated[list[float] | None, typer.Option(help="Rates to choose from, as many; repeatable.")] = None,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Calibrate, fine-tune, add and negate every task; write the table, plots, masks and vectors."""
+    from talos_fast.demo.run import run
+
+    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    rates = {"nonlinear": nonlinear_lr, "talos": talos_lr}
+    tasks = None if data is None else o.load_tasks(data)
+    (judge,) = [None] if control is None else o.load_tasks([control])
+    backbone = o.load_backbone(model, pretrained, device, dtype)
+    summary = run(backbone, tasks, judge, out, given, rates, progress=not quiet)
+    storage.write_json(out / "report.json", summary)

@@ -1,0 +1,151 @@
+"""``talos-fast merge`` and ``talos-fast evaluate``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from safetensors.torch import save_file
+from torch import nn
+
+import talos_fast as talos
+from talos_fast import storage
+from talos_fast.cli import options as o
+from talos_fast.errors import TalosError
+from talos_fast.merge import Evaluate
+from talos_fast.models import Backbone, Classifier
+from talos_fast.tasks import Task
+
+app = typer.Typer()
+
+Add = Annotated[list[Path] | None, typer.Option("--add", help="Task vector to add; repeatable.")]
+Subtract = Annotated[list[Path] | None, typer.Option("--subtract", help="Task vector to subtract; repeatable.")]
+
+
+def _vectors(add: list[Path] | None, subtract: list[Path] | None) -> list[talos.TaskVector]:
+    added = [talos.TaskVector.from_pretrained(path) for path in add or []]
+    return added + [-talos.TaskVector.from_pretrained(path) for path in subtract or []]
+
+
+@app.command()
+def merge(
+    model: o.Model,
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors and merge.json.")] = Path("merged"),
+    add: Add = None,
+    subtract: Subtract = None,
+    pretrained: o.Pretrained = None,
+    alpha: Annotated[str, typer.Option(help="A number, or 'search'.")] = "1.0",
+    weights: Annotated[list[float] | None, typer.Option(help="One a vector, in the order added, subtracted.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="For search: the task of each vector, in that order.")] = None,
+    control: Annotated[Path | None, typer.Option(help="For search: the control task; makes it a negation.")] = None,
+    control_floor: Annotated[float, typer.Option(help="Fraction of the control accuracy to keep.")] = 0.95,
+    batch_size: o.BatchSize = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Add task vectors to a model, or subtract them, and write the edited encoder."""
+    vectors = _vectors(add, subtract)
+    if not vectors:
+        raise TalosError("no task vector: give --add or --subtract, once or more")
+    backbone = o.load_backbone(model, pretrained, device, dtype)
+    if alpha == "search":
+        if weights:
+            raise TalosError(
+                "--weights with --alpha search: the search finds one coefficient for all; leave weights out"
+            )
+        tasks = o.load_tasks(data or [])
+        judge = None if control is None else o.load_tasks([control])[0]
+        base, found = _search(backbone, vectors, tasks, judge, control_floor, batch_size)
+        coefficient, report = found.alpha, {"search": found.to_json()}
+        typer.echo(f"alpha {found.alpha:g}: {found.why}")
+    else:
+        base, coefficient, report = Classifier(backbone.encoder, nn.Identity()), _number(alpha), {}
+    edited = talos.merge(base, vectors, alpha=coefficient, weights=weights, inplace=True)
+    assert isinstance(edited, Classifier)
+    with storage.atomic(out / "model.safetensors") as temporary:
+        save_file({name: t.contiguous().clone() for name, t in edited.encoder.state_dict().items()}, temporary)
+    storage.write_json(
+        out / "merge.json",
+        {"model": model, "pretrained": pretrained, "alpha": coefficient, "weights": weights,
+         "add": [str(path) for path in add or []], "subtract": [str(path) for path in subtract or []], **report},
+    )  # fmt: skip
+    typer.echo(
+        f"{out / 'model.safetensors'}: base + {coefficient:g} × "
+        f"({len(add or [])} added, {len(subtract or [])} subtracted)"
+    )
+
+
+@app.command()
+def evaluate(
+    model: o.Model,
+    data: Annotated[list[Path], typer.Option(help="A task; repeatable.")],
+    split: Annotated[str, typer.Option(help="train | validation | test")] = "test",
+    pretrained: o.Pretrained = None,
+    weights: o.Weights = None,
+    add: Add = None,
+    subtract: Subtract = None,
+    alpha: Annotated[float, typer.Option(help="Coefficient of --add and --subtract.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="JSON of the accuracies.")] = None,
+    batch_size: o.BatchSize = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Top-1 accuracy of a model, edited or not, on one or more tasks."""
+    if split not in ("train", "validation", "test"):
+        raise TalosError(f"--split {split}: choose train, validation or test")
+    vectors, tasks = _vectors(add, subtract), o.load_tasks(data)
+    backbone = o.load_backbone(model, pretrained, device, dtype)
+    # Heads may be computed with the encoder, so they come before any edit.
+    classifiers = [backbone.classifier(task) for task in tasks]
+    o.load_weights(classifiers[0], weights)
+    if vectors:
+        talos.merge(classifiers[0], vectors, alpha=alpha, inplace=True)
+    found = {}
+    for task, classifier in zip(tasks, classifiers, strict=True):
+        batches = backbone.batches(getattr(task, split), batch_size=batch_size, seed=seed)
+        accuracy = talos.evaluate(classifier, batches, progress=not quiet)
+        found[task.name] = {"accuracy": accuracy.value, "correct": accuracy.correct, "total": accuracy.total}
+        typer.echo(f"{task.name}: {accuracy}")
+    if out is not None:
+        storage.write_json(out, found)
+
+
+def _number(alpha: str) -> float:
+    try:
+        return float(alpha)
+    except ValueError:
+        raise TalosError(f"--alpha {alpha}: give a number, or 'search'") from None
+
+
+def _search(
+    backbone: Backbone,
+    vectors: list[talos.TaskVector],
+    tasks: list[Task],
+    control: Task | None,
+    floor: float,
+    size: int,
+) -> tuple[Classifier, talos.AlphaSearch]:
+    if len(tasks) != len(vectors):
+        raise TalosError(
+            f"--alpha search needs the task of each vector: {len(tasks)} --data for {len(vectors)} vectors"
+        )
+
+    def judge(task: Task) -> tuple[Classifier, Evaluate]:
+        classifier = backbone.classifier(task)
+        batches = backbone.batches(task.validation, batch_size=size)
+        return classifier, lambda _: talos.evaluate(classifier, batches)
+
+    judges = [judge(task) for task in tasks]
+    controller = None if control is None else judge(control)[1]
+    base = judges[0][0]
+    found = talos.search_alpha(
+        base, vectors, evaluate=[e for _, e in judges], control=controller, control_floor=floor
+    )  # fmt: skip
+    return base, found

@@ -1,0 +1,99 @@
+"""The options that several commands share, and what they stand for."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+import yaml
+
+from talos_fast import models, tasks
+from talos_fast.errors import TalosError
+from talos_fast.models import Backbone, Classifier
+from talos_fast.tasks import Task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Makes the values of a YAML file the defaults of this command; flags still win."""
+    if path is None:
+        return None
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise TalosError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise TalosError(f"{path}: expected a mapping of option names to values, found {type(content).__name__}")
+    names = {option.name for option in ctx.command.params} - {"config"}
+    given = {str(key).replace("-", "_"): value for key, value in content.items()}
+    if unknown := sorted(given.keys() - names):
+        known = ", ".join(sorted(str(name) for name in names))
+        raise TalosError(f"{path}: {ctx.command.name} has no option {unknown[0]!r}; it has {known}")
+    ctx.default_map = {**(ctx.default_map or {}), **given}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of options of this command; flags win.", callback=read_config, is_eager=True),
+]
+Model = Annotated[
+    str, typer.Option(help="open_clip:NAME, timm:NAME, hf:DIR, t5:DIR, or tiny; prefixes may be left out.")
+]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip tag, or a weights file.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="Encoder weights that merge wrote, loaded over the pre-trained ones.")
+]
+Data = Annotated[Path, typer.Option(help="Folder of class folders, .npz, or .jsonl(.gz) of a task.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs a batch.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log what is done, and why.", callback=lambda on: _log(on))
+]
+
+
+def _log(on: bool) -> bool:
+    if on:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return on
+
+
+def load_backbone(model: str, pretrained: str | None, device: str, dtype: str) -> Backbone:
+    """The model, or `TalosError`."""
+    if dtype not in DTYPES:
+        raise TalosError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    return models.load(model, pretrained=pretrained, device=device, dtype=DTYPES[dtype])
+
+
+def load_tasks(paths: list[Path]) -> list[Task]:
+    """Tasks from files, or ``TalosError``; ``demo:NAME`` is a task of the embedded default."""
+    return [_load_task(path) for path in paths]
+
+
+def _load_task(path: Path) -> Task:
+    if not str(path).startswith("demo:"):
+        return tasks.load(path)
+    from talos_fast.demo import control_task, demo_tasks
+
+    known = {task.name: task for task in [*demo_tasks(), control_task()]}
+    name = str(path).removeprefix("demo:")
+    if name not in known:
+        raise TalosError(f"--data {path}: the embedded tasks are {', '.join(known)}")
+    return known[name]
+
+
+def load_weights(classifier: Classifier, path: Path | None) -> None:
+    """Loads what merge wrote into the encoder, strictly."""
+    if path is None:
+        return
+    from talos_fast.fingerprint import named_tensors
+
+    try:
+        classifier.encoder.load_state_dict(named_tensors(path), strict=True)
+    except RuntimeError as error:
+        raise TalosError(f"--weights {path}: does not fit this model ({error})") from error

@@ -1,0 +1,116 @@
+"""Which base model a mask or a task vector belongs to: a digest of every parameter's bits."""
+
+import hashlib
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from talos_fast.errors import TalosError
+
+Fingerprint = dict[str, str]
+"""Parameter name -> "dtype shape digest", such as "float32 768x768 9f86d081884c7d65"."""
+
+Target = nn.Module | Mapping[str, Tensor]
+"""What can be fingerprinted and edited: a module, or a state dict."""
+
+
+def named_tensors(target: Target | str | Path) -> dict[str, Tensor]:
+    """The floating-point tensors of a module, a state dict or a ``.safetensors`` checkpoint, by name.
+
+    A module gives its parameters and its floating-point buffers that would be saved; tied parameters come once.
+    The tensors share memory with the target, so editing them edits it.
+
+    Raises:
+        TalosError: the checkpoint is missing or cannot be read.
+    """
+    if isinstance(target, str | Path):
+        target = _read_checkpoint(Path(target))
+    if isinstance(target, nn.Module):
+        tensors = {name: p.data for name, p in target.named_parameters()}
+        saved = target.state_dict(keep_vars=True)
+        tensors.update({name: b.data for name, b in target.named_buffers() if name in saved})
+    else:
+        tensors = {name: t.data for name, t in target.items() if isinstance(t, Tensor)}
+    return {name: t for name, t in tensors.items() if t.is_floating_point()}
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise TalosError(
+            f"{path}: no such checkpoint; give a .safetensors file or a folder that holds model.safetensors"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise TalosError(f"{path}: not a readable safetensors checkpoint ({error}); save it again") from error
+
+
+def identify(tensor: Tensor) -> str:
+    """dtype, shape and a 64-bit digest of the bits of a tensor; independent of device and strides."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    bits = hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=8).hexdigest()
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {bits}"
+
+
+def digest(recorded: Fingerprint) -> str:
+    """One digest, as hex, of a whole fingerprint."""
+    return hashlib.blake2b(repr(sorted(recorded.items())).encode(), digest_size=8).hexdigest()
+
+
+def base_numel(recorded: Fingerprint) -> int:
+    """How many entries the fingerprinted tensors have together."""
+    shapes = (entry.split()[1] for entry in recorded.values())
+    return sum(1 if shape == "scalar" else prod(map(int, shape.split("x"))) for shape in shapes)
+
+
+def fingerprint(target: Target) -> Fingerprint:
+    """Digests of a module's parameters, or of every floating-point tensor of a state dict.
+
+    Buffers of a module are left out: heads and running statistics may differ between tasks of one base.
+    """
+    if isinstance(target, nn.Module):
+        return {name: identify(p) for name, p in target.named_parameters() if p.is_floating_point()}
+    return {name: identify(t) for name, t in named_tensors(target).items()}
+
+
+def require_base(recorded: Fingerprint, target: Target, what: str) -> None:
+    """Refuses a target whose tensors are not those that ``recorded`` was taken from.
+
+    Tensors that only one side has are not compared: a vision tower alone may be edited with a vector of the whole
+    model.
+
+    Raises:
+        TalosError: names the first tensor that differs, and says how many do.
+    """
+    tensors = named_tensors(target)
+    found = {name: identify(tensors[name]) for name in recorded if name in tensors}
+    differing = [name for name, entry in found.items() if entry != recorded[name]]
+    if differing:
+        name = differing[0]
+        raise TalosError(
+            f"{what} belongs to another base: {len(differing)} of {len(found)} tensors differ, the first is {name!r} "
+            f"(recorded {recorded[name]}, found {found[name]}); load the checkpoint it was made from, in the same "
+            "dtype, and revert any vector that is applied (or pass check_base=False)"
+        )
+
+
+def join(first: Fingerprint, second: Fingerprint, what: str) -> Fingerprint:
+    """The union of two fingerprints of one base.
+
+    Raises:
+        TalosError: they disagree on a tensor, which is named.
+    """
+    for name, value in second.items():
+        if first.get(name, value) != value:
+            raise TalosError(
+                f"{what}: made from different bases, which differ in {name!r}; combine vectors of one base"
+            )
+    return first | second

@@ -1,0 +1,91 @@
+"""Batches in, logits out: the one hook that adapts any model, and the checks on what comes through it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from talos_fast.errors import TalosError
+
+Batch = Any
+"""``(inputs, labels)``, or a mapping with the key ``labels``; labels (N,) int64."""
+
+Batches = Iterable[Batch]
+
+Forward = Callable[[nn.Module, Batch], Tensor]
+"""``forward(model, batch) -> logits`` of shape (N, K): classes, or answer choices."""
+
+
+def default_forward(model: nn.Module, batch: Batch) -> Tensor:
+    """``model(inputs)`` for tuples, ``model(**everything but labels)`` for mappings; ``.logits`` of what has them."""
+    if isinstance(batch, Mapping):
+        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    else:
+        output = model(batch[0])
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
+
+
+def labels_of(batch: Batch, where: str) -> Tensor:
+    """The labels of a batch, (N,).
+
+    Raises:
+        TalosError: the batch has none, or is empty.
+    """
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels")
+    else:
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    if not isinstance(labels, Tensor) or labels.dim() != 1:
+        raise TalosError(
+            f"{where}: no labels of shape (N,); a batch is (inputs, labels), or a mapping with key 'labels'"
+        )
+    if len(labels) == 0:
+        raise TalosError(f"{where}: the batch is empty; drop it")
+    return labels
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise TalosError(f"{type(model).__name__} has no parameters")
+    return parameter.device
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor in it on ``device``."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def take(batch: Batch, start: int, stop: int, size: int) -> Batch:
+    """Samples start … stop - 1 of a batch of ``size``: slices every tensor whose first dimension is ``size``."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.dim() and tensor.shape[0] == size else tensor
+
+    return tree_map_only(Tensor, rows, batch)
+
+
+def checked_logits(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and labels (N,) of a batch.
+
+    Raises:
+        TalosError: logits of another shape, NaN or infinite, or labels outside the classes; names the batch.
+    """
+    labels = labels_of(batch, where)
+    logits = forward(model, batch)
+    if logits.dim() != 2 or logits.shape[0] != len(labels):
+        raise TalosError(
+            f"{where}: forward gave logits of shape {tuple(logits.shape)} for {len(labels)} labels; expected (N, K)"
+        )
+    low, high, finite = torch.stack([labels.min(), labels.max(), logits.isfinite().all().to(labels.dtype)]).tolist()
+    if low < 0 or high >= logits.shape[1]:
+        raise TalosError(
+            f"{where}: labels {low} … {high}, but the model has {logits.shape[1]} classes, 0 … {logits.shape[1] - 1}"
+        )
+    if not finite:
+        raise TalosError(f"{where}: the logits hold NaN or infinite entries; check the inputs and the learning rate")
+    return logits, labels

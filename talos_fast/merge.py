@@ -1,0 +1,195 @@
+"""`merge` and `search_alpha`: edit a model with task vectors."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from talos_fast.edit import Edit
+from talos_fast.errors import TalosError
+from talos_fast.evaluate import Accuracy
+from talos_fast.fingerprint import require_base
+from talos_fast.task_vector import TaskVector
+
+Evaluate = Callable[[nn.Module], float | Accuracy]
+"""``evaluate(model) -> accuracy`` in [0, 1] of one task."""
+
+GRID = tuple(round(0.05 * step, 2) for step in range(21))
+METHODS = ("task_arithmetic",)
+
+
+def combine(vectors: Sequence[TaskVector], weights: Sequence[float] | None = None) -> TaskVector:
+    """Σ_t w_t τ_t; all weights 1 by default.
+
+    Raises:
+        TalosError: no vector, another number of weights, or vectors of different bases.
+    """
+    if not vectors:
+        raise TalosError("there is no task vector to merge; pass at least one")
+    if weights is not None and len(weights) != len(vectors):
+        raise TalosError(f"{len(weights)} weights for {len(vectors)} task vectors; give one a vector")
+    scaled = vectors if weights is None else [w * vector for w, vector in zip(weights, vectors, strict=True)]
+    total = scaled[0]
+    for vector in scaled[1:]:
+        total = total + vector
+    return total
+
+
+def merge(
+    base: nn.Module,
+    vectors: Sequence[TaskVector],
+    *,
+    alpha: float = 1.0,
+    weights: Sequence[float] | None = None,
+    method: Literal["task_arithmetic"] = "task_arithmetic",
+    inplace: bool = False,
+    check_base: bool = True,
+) -> nn.Module:
+    """The model θ0 + alpha Σ_t w_t τ_t (Ilharco et al. 2023): add tasks, or forget them by ``-vector``.
+
+    Args:
+        base: the pre-trained model; copied unless ``inplace``.
+        vectors: of this base.
+        alpha: one coefficient for all; `search_alpha` finds it.
+        weights: one a vector, times ``alpha``.
+        method: "task_arithmetic".
+        inplace: edit ``base`` itself.
+        check_base: refuse a model that is not the vectors' base.
+
+    Raises:
+        TalosError: no vector, another base, unknown names or shapes; nothing is written then.
+    """
+    if method not in METHODS:
+        raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    vector = combine(vectors, weights)
+    if check_base:
+        require_base(vector.base, base, "the task vector")
+    edited = base if inplace else copy.deepcopy(base)
+    Edit(edited, vector.deltas).move(alpha)
+    return edited
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One α: the accuracy of every task (as it is in the edited model) and of the control."""
+
+    alpha: float
+    accuracies: tuple[float, ...]
+    normalized: tuple[float, ...]
+    control: float | None
+
+
+@dataclass(frozen=True)
+class AlphaSearch:
+    """What `search_alpha` found.
+
+    Args:
+        alpha: the chosen coefficient.
+        trials: every α tried, in the order of the grid.
+        references: addition: each task's accuracy with its own vector alone at α = 1; negation: of the pre-trained
+            model.
+        control: the pre-trained model's control accuracy, if there is a control.
+        why: the choice in words.
+    """
+
+    alpha: float
+    trials: tuple[Trial, ...]
+    references: tuple[float, ...]
+    control: float | None
+    why: str
+
+    @property
+    def best(self) -> Trial:
+        """The trial at the chosen α."""
+        return next(trial for trial in self.trials if trial.alpha == self.alpha)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return asdict(self)
+
+
+def search_alpha(
+    base: nn.Module,
+    vectors: Sequence[TaskVector],
+    *,
+    evaluate: Sequence[Evaluate] | Evaluate,
+    control: Evaluate | None = None,
+    control_floor: float = 0.95,
+    grid: Sequence[float] | None = None,
+) -> AlphaSearch:
+    """Finds α for θ0 + α Σ_t τ_t on validation data; ``base`` is edited meanwhile and left bit-identical.
+
+    Only the entries that the vectors hold are written between grid points.
+
+    * Addition (no ``control``): the α with the highest mean normalised accuracy, acc_t(merged) / acc_t(own vector,
+      α = 1).
+    * Negation (``control`` given, vectors negated, ``[-vector]``): the α with the lowest mean target accuracy among
+      those that keep control accuracy ≥ ``control_floor`` times the pre-trained one.
+
+    The smallest α wins ties.
+
+    Args:
+        base: the pre-trained model.
+        vectors: of this base.
+        evaluate: ``model -> accuracy``, one a vector, in their order; one alone for a single vector.
+        control: ``model -> accuracy`` of the control task.
+        control_floor: fraction of the control accuracy to keep.
+        grid: the α to try; default 0, 0.05, …, 1.
+
+    Raises:
+        TalosError: no vector, another number of evaluators, an empty grid, another base, or no α keeps the control.
+    """
+    evaluators = [evaluate] if callable(evaluate) else list(evaluate)
+    alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
+    if len(evaluators) != len(vectors):
+        raise TalosError(f"{len(evaluators)} evaluators for {len(vectors)} task vectors; give one a vector")
+    if not alphas:
+        raise TalosError("the grid is empty; give at least one alpha")
+    vector = combine(vectors)
+    require_base(vector.base, base, "the task vector")
+    untouched = None if control is None else float(control(base))
+    if control is None:
+        references = tuple(_alone(base, single, judge) for single, judge in zip(vectors, evaluators, strict=True))
+    else:
+        references = tuple(float(judge(base)) for judge in evaluators)
+    edit, trials = Edit(base, vector.deltas), []
+    try:
+        for alpha in alphas:
+            edit.move(alpha)
+            found = tuple(float(judge(base)) for judge in evaluators)
+            normalized = tuple(a / r if r else 0.0 for a, r in zip(found, references, strict=True))
+            trials.append(Trial(alpha, found, normalized, None if control is None else float(control(base))))
+    finally:
+        edit.revert()
+    chosen, why = _add(trials) if untouched is None else _negate(trials, control_floor * untouched)
+    return AlphaSearch(chosen.alpha, tuple(trials), references, untouched, why)
+
+
+def _alone(base: nn.Module, vector: TaskVector, judge: Evaluate) -> float:
+    edit = Edit(base, vector.deltas)
+    try:
+        edit.move(1.0)
+        return float(judge(base))
+    finally:
+        edit.revert()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _add(trials: Sequence[Trial]) -> tuple[Trial, str]:
+    best = max(trials, key=lambda trial: (_mean(trial.normalized), -trial.alpha))
+    return best, f"highest mean normalised accuracy, {_mean(best.normalized):.4f}; the smallest alpha on ties"
+
+
+def _negate(trials: Sequence[Trial], floor: float) -> tuple[Trial, str]:
+    allowed = [trial for trial in trials if trial.control is not None and trial.control >= floor]
+    if not allowed:
+        raise TalosError(
+            f"no alpha of the grid keeps the control accuracy at {floor:.4f}; add 0 to the grid, or smaller steps"
+        )
+    best = min(allowed, key=lambda trial: (_mean(trial.accuracies), trial.alpha))
+    return best, f"lowest target accuracy, {_mean(best.accuracies):.4f}, with the control at {floor:.4f} or above"

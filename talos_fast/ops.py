@@ -1,0 +1,142 @@
+"""The compiled operators: loading them, their shapes under torch.compile, and what runs without them.
+
+Importing this module registers ``torch.ops.talos_fast.*``, always: from the C++ library where it was
+built, else from Python. Each operator has its plain-torch reference here, which every backend is tested
+against and which runs wherever a compiled one is missing; the log says so once for each device.
+"""
+
+import importlib
+import logging
+
+import torch
+from torch import Tensor
+
+from talos_fast.errors import TalosError
+
+_logger = logging.getLogger("talos_fast")
+_SCHEMA = "accumulate_squared_per_sample_(Tensor(a!) scores, Tensor inputs, Tensor grad_outputs) -> ()"
+_INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Entries of one sample's product that exist at a time: 2 MiB of fp32, so it is squared while in cache.
+_BLOCK = 2**19
+
+
+def _load(name: str) -> str | None:
+    """Imports a compiled library, which registers its operators; returns why it is missing, else None."""
+    try:
+        importlib.import_module(f"talos_fast.{name}")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+_no_cpp = _load("_C")
+_no_cuda = "torch is built without CUDA" if torch.version.cuda is None else _no_cpp or _load("_C_cuda")
+
+
+def accumulate_squared_per_sample_(scores: Tensor, inputs: Tensor, grad_outputs: Tensor) -> Tensor:
+    """Adds every sample's squared weight gradient of a linear map to ``scores``, in place.
+
+    ``scores[o, i] += sum_n (sum_t grad_outputs[n, t, o] * inputs[n, t, i]) ** 2``, without ever holding
+    the ``(samples, outs, ins)`` gradients. Deterministic; not differentiable.
+
+    Args:
+        scores: ``(outs, ins)``, float32 or float64, contiguous. Everything accumulates in its dtype.
+        inputs: ``(samples, tokens, ins)``, the layer's inputs: float32, float64, bfloat16 or float16.
+        grad_outputs: ``(samples, tokens, outs)``, gradients of its outputs, in the dtype of ``inputs``.
+
+    Returns:
+        ``scores``.
+
+    Raises:
+        TalosError: shapes, dtypes, layout or devices do not fit together.
+
+    Example:
+        >>> scores = accumulate_squared_per_sample_(torch.zeros(2, 3), torch.ones(1, 4, 3), torch.ones(1, 4, 2))
+        >>> scores[0, 0].item()
+        16.0
+    """
+    _check(scores, inputs, grad_outputs)
+    torch.ops.talos_fast.accumulate_squared_per_sample_(scores, inputs, grad_outputs)
+    return scores
+
+
+def accumulate_squared_per_sample_reference(scores: Tensor, inputs: Tensor, grad_outputs: Tensor) -> Tensor:
+    """The same as :func:`accumulate_squared_per_sample_` in plain torch: one product a sample and block of rows."""
+    _check(scores, inputs, grad_outputs)
+    inputs, grad_outputs = inputs.to(scores.dtype), grad_outputs.to(scores.dtype)
+    rows = max(1, _BLOCK // max(1, scores.shape[1]))
+    for begin in range(0, scores.shape[0], rows):
+        block = scores[begin : begin + rows]
+        product = torch.empty_like(block)
+        for sample, grad in zip(inputs, grad_outputs[:, :, begin : begin + rows], strict=True):
+            torch.mm(grad.t(), sample, out=product)
+            block.addcmul_(product, product)
+    return scores
+
+
+def backend(device: torch.device | str) -> str:
+    """Names what computes on ``device``: ``"cuda"`` or ``"cpp"`` for the compiled libraries, else ``"torch"``."""
+    kind = torch.device(device).type
+    if kind == "cuda" and _no_cuda is None:
+        return "cuda"
+    return "cpp" if kind == "cpu" and _no_cpp is None else "torch"
+
+
+def _check(scores: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+    """Refuses what csrc/check.h refuses, with the library's own exception."""
+    if scores.dim() != 2:
+        raise TalosError(f"scores must be (outs, ins), but has shape {tuple(scores.shape)}")
+    if inputs.dim() != 3:
+        raise TalosError(f"inputs must be (samples, tokens, ins), but has shape {tuple(inputs.shape)}")
+    if grad_outputs.dim() != 3:
+        raise TalosError(f"grad_outputs must be (samples, tokens, outs), but has shape {tuple(grad_outputs.shape)}")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise TalosError(f"scores must be float32 or float64 (16 bits underflow), but is {scores.dtype}")
+    if not scores.is_contiguous():
+        raise TalosError(f"scores must be contiguous, but has strides {scores.stride()}; pass scores.contiguous()")
+    if inputs.dtype not in _INPUT_DTYPES:
+        raise TalosError(f"inputs must be float32, float64, bfloat16 or float16, but is {inputs.dtype}")
+    if inputs.dtype != grad_outputs.dtype:
+        raise TalosError(f"inputs is {inputs.dtype} but grad_outputs is {grad_outputs.dtype}; cast one to the other's")
+    devices = [scores.device, inputs.device, grad_outputs.device]
+    if len(set(devices)) > 1:
+        raise TalosError(f"scores, inputs and grad_outputs must be on one device, but are on {devices}")
+    expected = [(*inputs.shape[:2], scores.shape[0]), (*inputs.shape[:2], scores.shape[1])]
+    if [tuple(grad_outputs.shape), tuple(inputs.shape)] != expected:
+        raise TalosError(
+            f"scores {tuple(scores.shape)}, inputs {tuple(inputs.shape)} and grad_outputs {tuple(grad_outputs.shape)} "
+            "do not fit: they must be (outs, ins), (samples, tokens, ins) and (samples, tokens, outs)"
+        )
+
+
+_announced: set[str] = set()
+
+
+def _announce(device: torch.device) -> None:
+    """Says once for each kind of device that plain torch computes, why, and what to install."""
+    if device.type in _announced:
+        return
+    _announced.add(device.type)
+    if device.type == "cpu":
+        library, reason, remedy = "C++ library", _no_cpp, "a C++ compiler"
+    elif device.type == "cuda":
+        library, reason, remedy = "CUDA library", _no_cuda, "the CUDA toolkit (nvcc) of torch's major CUDA version"
+    else:
+        library, reason, remedy = "library", f"none is written for {device.type}", "nothing to install"
+    _logger.warning(
+        "talos_fast computes in plain torch on %s, more slowly: its %s is missing (%s). To get it: %s, then reinstall.",
+        device.type, library, reason, remedy,
+    )  # fmt: skip
+
+
+def _accumulate_in_torch(scores: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+    _announce(scores.device)
+    accumulate_squared_per_sample_reference(scores, inputs, grad_outputs)
+
+
+_library = torch.library.Library("talos_fast", "FRAGMENT")
+if _no_cpp is not None:
+    _library.define(_SCHEMA)
+# A compiled kernel of the tensor's own device comes before this one.
+_library.impl("accumulate_squared_per_sample_", _accumulate_in_torch, "CompositeExplicitAutograd")
+torch.library.register_fake("talos_fast::accumulate_squared_per_sample_", _check, lib=_library)

@@ -1,0 +1,82 @@
+"""A study as a table for the terminal, as Markdown, and as JSON."""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import talos_fast
+from talos_fast.study import MethodResult, StudyResult
+
+# accuracies: each task by its own vector; all vectors added, absolute and normalised, at α; one vector subtracted
+COLUMNS = ("method", "lr", "single", "added", "norm.", "α", "target ↓", "control", "s/task", "kB/task")
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def rows(result: StudyResult) -> list[tuple[str, ...]]:
+    """One row a method under `COLUMNS`, zero-shot first; accuracies are means over tasks, in percent."""
+    zero = _percent(_mean(result.zero_shot.values()))
+    table = [("zero-shot", "", zero, zero, "", "", zero, _percent(result.zero_shot_control), "", "")]
+    return table + [_row(method) for method in result.methods]
+
+
+def _row(result: MethodResult) -> tuple[str, ...]:
+    assert result.addition is not None
+    tasks = len(result.single)
+    return (
+        result.method,
+        f"{result.lr:g}",
+        _percent(_mean(result.single.values())),
+        _percent(_mean(result.added.values())),
+        _percent(_mean(result.normalized().values())),
+        f"{result.addition.alpha:g}",
+        _percent(_mean(result.target.values())),
+        _percent(_mean(result.control.values())),
+        f"{result.seconds / tasks:.1f}",
+        f"{_mean(result.vector_bytes.values()) / 1e3:.0f}",
+    )
+
+
+def markdown(result: StudyResult) -> str:
+    """The table as Markdown."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(result)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def task_rows(result: StudyResult) -> list[tuple[str, ...]]:
+    """One row a task, in percent: zero-shot, then for each method single task, merged, and target after negation."""
+    table = []
+    for task, zero in result.zero_shot.items():
+        cells = [
+            f"{_percent(m.single[task])} / {_percent(m.added[task])} / {_percent(m.target[task])}"
+            for m in result.methods
+        ]
+        table.append((task, _percent(zero), *cells))
+    return table
+
+
+def to_json(result: StudyResult) -> dict[str, Any]:
+    """Everything that was measured, with the machine and the versions."""
+    return {
+        "talos_fast": talos_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "plan": asdict(result.plan),
+        "zero_shot": result.zero_shot,
+        "zero_shot_control": result.zero_shot_control,
+        "calibration_seconds": result.calibration_seconds,
+        "masks": {name: mask.info for name, mask in result.masks.items()},
+        "methods": [method.to_json() for method in result.methods],
+    }

@@ -1,0 +1,286 @@
+"""`TaskVector`: for each parameter name, the entries that moved and by how much; sparse from end to end."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelHubMixin
+from torch import Tensor
+
+from talos_fast import vector_file
+from talos_fast.delta import SparseDelta
+from talos_fast.edit import Edit
+from talos_fast.errors import TalosError
+from talos_fast.fingerprint import Fingerprint, Target, base_numel, fingerprint, join, named_tensors, require_base
+from talos_fast.mask import Mask
+
+CARD = """---
+{{ card_data }}
+---
+# Task vector
+
+Sparse task vector made with [talos-fast](https://pypi.org/project/talos-fast/). Add it to the model it was made from:
+
+```python
+import talos_fast as talos
+
+vector = talos.TaskVector.from_pretrained("path or repository")
+model = talos.merge(base, [vector], alpha=1.0)  # and talos.merge(base, [-vector]) to forget the task
+```
+"""
+
+
+class TaskVector(
+    ModelHubMixin,
+    library_name="talos-fast",
+    tags=["task-vector", "task-arithmetic", "sparse"],
+    model_card_template=CARD,
+):
+    """The difference between a fine-tuned and a pre-trained model, as a vector: add, subtract, scale, apply.
+
+    Args:
+        pretrained: the base: a module, a state dict, or a ``.safetensors`` checkpoint (file or folder).
+        finetuned: the same model after training.
+        info: provenance (JSON), kept in the file.
+
+    Raises:
+        TalosError: names, shapes or dtypes differ, entries are NaN or infinite, or a checkpoint cannot be read.
+
+    Example:
+        >>> base, tuned = {"w": torch.zeros(4)}, {"w": torch.tensor([0.0, 1.0, 0.0, -2.0])}
+        >>> forget = -TaskVector(base, tuned)
+        >>> forget.apply_to(base, scaling_coef=0.5)["w"].tolist()
+        [0.0, -0.5, 0.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        pretrained: Target | str | Path,
+        finetuned: Target | str | Path,
+        *,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        base, tuned = named_tensors(pretrained), named_tensors(finetuned)
+        if unmatched := base.keys() ^ tuned.keys():
+            name = min(unmatched)
+            side = "pretrained" if name in base else "finetuned"
+            raise TalosError(
+                f"only the {side} model has {name!r} ({len(unmatched)} such names); give two states of one model"
+            )
+        deltas = {name: SparseDelta.between(name, base[name], tuned[name]) for name in base}
+        identity = fingerprint(base if isinstance(pretrained, str | Path) else pretrained)
+        self._set({name: d for name, d in deltas.items() if len(d.values)}, identity, info)
+
+    @classmethod
+    def from_deltas(
+        cls,
+        deltas: Mapping[str, SparseDelta],
+        *,
+        base: Fingerprint | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> "TaskVector":
+        """A vector from its parts; without ``base`` it can be applied to any model of fitting names and shapes."""
+        vector = cls.__new__(cls)
+        vector._set(deltas, base or {}, info)
+        return vector
+
+    def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
+        self.deltas: dict[str, SparseDelta] = dict(deltas)
+        self.base: Fingerprint = dict(base)
+        self.info: dict[str, Any] = dict(info or {})
+        self._edits: dict[int, tuple[Target, Edit]] = {}
+        self._hub_mixin_config = None  # everything is in our own files; no config.json of constructor arguments
+
+    # Arithmetic
+
+    def __add__(self, other: "TaskVector") -> "TaskVector":
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        deltas = dict(self.deltas)
+        for name, delta in other.deltas.items():
+            mine = deltas.get(name)
+            if mine is not None and mine.shape != delta.shape:
+                raise TalosError(f"{name!r}: vectors of shapes {mine.shape} and {delta.shape} cannot be added")
+            deltas[name] = delta if mine is None else mine.plus(delta)
+        return TaskVector.from_deltas(deltas, base=join(self.base, other.base, "these task vectors"))
+
+    def __radd__(self, other: object) -> "TaskVector":
+        """Lets ``sum([a, b, c])`` start from 0."""
+        if other == 0:
+            return self
+        return NotImplemented
+
+    def __mul__(self, factor: float) -> "TaskVector":
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        scaled = {name: delta.scaled(factor) for name, delta in self.deltas.items()}
+        return TaskVector.from_deltas(scaled, base=self.base, info=self.info)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "TaskVector":
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> "TaskVector":
+        return self * -1.0
+
+    def __sub__(self, other: "TaskVector") -> "TaskVector":
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        return self + (-other)
+
+    def dot(self, other: "TaskVector") -> float:
+        """The inner product of the two deltas."""
+        return sum(delta.dot(other.deltas[name]) for name, delta in self.deltas.items() if name in other.deltas)
+
+    def norm(self) -> float:
+        """The Euclidean norm."""
+        return math.sqrt(sum(float(delta.values.double().square().sum()) for delta in self.deltas.values()))
+
+    def cosine(self, other: "TaskVector") -> float:
+        """dot(a, b) / (|a| |b|), 0 if either is zero."""
+        norms = self.norm() * other.norm()
+        return self.dot(other) / norms if norms else 0.0
+
+    def mask(self) -> Mask:
+        """The entries that moved, as a `Mask`."""
+        return Mask({name: delta.support() for name, delta in self.deltas.items()}, base=self.base)
+
+    def overlap(self, other: "TaskVector") -> dict[str, float]:
+        """Jaccard index of the entries that moved, by name and ``"total"``; see `Mask.overlap`."""
+        return self.mask().overlap(other.mask())
+
+    # Application
+
+    def apply_to(self, target: Target, scaling_coef: float = 1.0, *, check_base: bool = True) -> Target:
+        """Adds ``scaling_coef`` times the vector, in place; `revert` takes it back bit for bit.
+
+        Args:
+            target: the base, as a module or state dict; only entries that moved are written.
+            scaling_coef: 1 restores the fine-tuned model exactly, negative values forget the task.
+            check_base: refuse a model that is not the base.
+
+        Returns:
+            ``target``.
+
+        Raises:
+            TalosError: another base, unknown names, other shapes, or already applied; nothing is written then.
+        """
+        if id(target) in self._edits:
+            raise TalosError("this task vector is applied to this model already; revert it first")
+        if check_base:
+            require_base(self.base, target, "the task vector")
+        edit = Edit(target, self.deltas)
+        edit.move(scaling_coef)
+        self._edits[id(target)] = (target, edit)  # holds the target, so that its id stays its own
+        return target
+
+    def revert(self, target: Target) -> Target:
+        """Restores the very bits that `apply_to` found in ``target``, and returns it.
+
+        Raises:
+            TalosError: this vector is not applied to ``target``.
+        """
+        if id(target) not in self._edits:
+            raise TalosError("this task vector is not applied to this model; apply_to comes first")
+        self._edits.pop(id(target))[1].revert()
+        return target
+
+    def to_dense(self) -> dict[str, Tensor]:
+        """Name -> fp32 delta of the parameter's shape, for the tensors that moved."""
+        return {name: delta.dense() for name, delta in self.deltas.items()}
+
+    # Facts
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)
+
+    def __repr__(self) -> str:
+        return f"TaskVector({len(self)} tensors, {self.nnz:,} entries moved, {self.nbytes / 1e6:.2f} MB)"
+
+    @property
+    def nnz(self) -> int:
+        """How many entries moved."""
+        return sum(len(delta.values) for delta in self.deltas.values())
+
+    @property
+    def density(self) -> float:
+        """Entries that moved, as a fraction of the base (of the moved tensors, if the base is unknown)."""
+        total = base_numel(self.base) or sum(delta.numel for delta in self.deltas.values())
+        return self.nnz / total if total else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the file that `save_pretrained` writes."""
+        return sum(delta.nbytes for delta in self.deltas.values())
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        kind: Literal["delta", "replace"] = "delta",
+        base: Target | str | Path | None = None,
+        **hub_options: Any,
+    ) -> str | None:
+        """Writes ``task_vector.safetensors``, ``task_vector_config.json`` and a model card.
+
+        Args:
+            save_directory: made if it is not there.
+            kind: "delta" writes fp32 differences; "replace" the trained entries themselves, in the dtype of the base
+                (half the bytes for a bf16 model), from which a delta needs the base again at loading.
+            base: the pre-trained model, for kind="replace".
+            **hub_options: as `huggingface_hub.ModelHubMixin.save_pretrained` (``repo_id``, ``push_to_hub``, …).
+
+        Raises:
+            TalosError: the folder cannot be written (the old files are untouched), or "replace" without the base.
+        """
+        self._encoding = (kind, base)
+        try:
+            return super().save_pretrained(save_directory, **hub_options)
+        except OSError as error:
+            raise TalosError(f"{save_directory}: cannot be written ({error})") from error
+        finally:
+            del self._encoding
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        kind, base = self._encoding
+        if kind == "replace" and base is None:
+            raise TalosError("kind='replace' stores trained entries: pass the pre-trained model as base=")
+        if base is not None:
+            require_base(self.base, base_tensors := named_tensors(base), "the task vector")
+        vector_file.save(
+            save_directory, self.deltas, None if base is None or kind == "delta" else base_tensors, self.base, self.info
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        id_or_path: str | Path,
+        *,
+        base: Target | str | Path | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "TaskVector":
+        """Reads a folder or a Hub repository that `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            id_or_path: folder, or ``user/repository``.
+            base: the pre-trained model; needed for files of kind "replace" only.
+            revision, cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            TalosError: no such folder or repository; truncated, corrupted or foreign file.
+        """
+        path = vector_file.locate(
+            str(id_or_path), revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
+        deltas, identity, info = vector_file.load(path, None if base is None else named_tensors(base))
+        return cls.from_deltas(deltas, base=identity, info=info)

@@ -1,0 +1,182 @@
+"""Tasks from files: image folders, `.npz` arrays of images, `.jsonl` rows of text."""
+
+import gzip
+import json
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from talos_fast.errors import TalosError
+from talos_fast.tasks.base import Split, Task
+from talos_fast.tasks.class_names import describe
+from talos_fast.tasks.splits import ALIASES, complete
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def load(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Task:
+    """Read a task.
+
+    Three forms are known:
+
+    - a folder in the ImageFolder layout, `train/<class>/*.png` and so on, with `val`, `valid`, `validation` or `dev`
+      and `test` beside `train`;
+    - `.npz` with uint8 images `x_train`, `x_val`, `x_test`, of shape (N, H, W) or (N, H, W, 3), and labels `y_train`,
+      `y_val`, `y_test`;
+    - `.jsonl` or `.jsonl.gz` with one `{"split": ..., "text": ..., "label": ...}` a line, labels as indices or names.
+
+    Where there is no validation split, a stratified tenth of train is held out.
+
+    Args:
+        path: the folder or file.
+        name: of the task; by default that in `datasets.json`, else the name of the file or folder.
+        class_names: in the order of the labels (for a folder: of its sorted sub-folders). By default those of a
+            `datasets.json` beside the file, else of a `classes.txt`, else the sub-folders or text labels, sorted.
+        templates: prompts with `{}`; by default the `prompt_template` of `datasets.json`, else none.
+        seed: of the held-out validation split.
+
+    Example:
+        >>> task = load("cifar10.npz", class_names=["airplane", "automobile", ...])
+
+    Raises:
+        TalosError: a file that is missing, cut off, empty or of another form, or class names that are not known.
+    """
+    path = Path(path)
+    about = describe(path, name, class_names, templates)
+    names = about.class_names
+    if path.is_dir():
+        found, names = _read_folder(path, names)
+    elif not path.is_file():
+        raise TalosError(f"{path}: no such file or folder; give an image folder, a .npz, .jsonl or .jsonl.gz file")
+    elif path.suffix == ".npz":
+        found = _read_npz(path)
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        found, names = _read_jsonl(path, names)
+    else:
+        raise TalosError(f"{path}: unknown kind of file; give an image folder, a .npz, .jsonl or .jsonl.gz file")
+    if names is None:
+        raise TalosError(
+            f"{path}: the names of its classes are not known; give class_names=, or write them to "
+            f"{path.parent / 'classes.txt'}, one a line in the order of the labels"
+        )
+    train, validation, test = complete(found, path, seed)
+    return Task(about.name, names, about.templates, train, validation, test)
+
+
+def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Split], tuple[str, ...]]:
+    roots = {ALIASES[d.name.lower()]: d for d in sorted(path.iterdir()) if d.is_dir() and d.name.lower() in ALIASES}
+    if "train" not in roots:
+        raise TalosError(f"{path}: found no train folder; lay images out as train/<class>/*.png and test/<class>/*.png")
+    classes = sorted(d.name for d in roots["train"].iterdir() if d.is_dir())
+    if not classes:
+        raise TalosError(f"{roots['train']}: found no class folders; lay images out as train/<class>/*.png")
+    if names is None:
+        names = tuple(c.replace("_", " ") for c in classes)
+    if len(names) != len(classes):
+        raise TalosError(
+            f"class_names: found {len(names)} names for the {len(classes)} folders of {roots['train']}; "
+            "give one a folder, in the order of the sorted folder names"
+        )
+    return {split: _read_class_folders(root, classes) for split, root in roots.items()}, names
+
+
+def _read_class_folders(root: Path, classes: list[str]) -> Split:
+    inputs: list[Path] = []
+    labels: list[int] = []
+    for folder in sorted(d for d in root.iterdir() if d.is_dir()):
+        if folder.name not in classes:
+            raise TalosError(f"{folder}: train has no class {folder.name!r}; use the same class folders in every split")
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        inputs.extend(files)
+        labels.extend([classes.index(folder.name)] * len(files))
+    if not inputs:
+        raise TalosError(f"{root}: found no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in class folders; add some")
+    return Split(inputs, np.asarray(labels, dtype=np.int64))
+
+
+def _read_npz(path: Path) -> dict[str, Split]:
+    short = {"train": "train", "val": "validation", "test": "test"}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            # .npz is a ZIP archive; np.load hands back a bare array for a renamed .npy file
+            arrays = {key: file[key] for key in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, AttributeError, TypeError) as error:
+        raise TalosError(f"{path}: not a whole .npz file without pickled objects ({error}); write it again") from error
+    found = {}
+    for key, split in short.items():
+        if f"x_{key}" in arrays and f"y_{key}" in arrays:
+            try:
+                found[split] = Split(_as_rgb(arrays[f"x_{key}"]), arrays[f"y_{key}"])
+            except TalosError as error:
+                raise TalosError(f"{path}, x_{key} and y_{key}: {error}") from error
+    if not found:
+        raise TalosError(f"{path}: found the arrays {sorted(arrays)}; expected x_train, y_train, x_val ... y_test")
+    return found
+
+
+def _as_rgb(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if images.ndim == 3:
+        images = images[..., None]
+    return images.repeat(3, axis=-1) if images.ndim == 4 and images.shape[-1] == 1 else images
+
+
+def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Split], tuple[str, ...] | None]:
+    texts: dict[str, list[str]] = defaultdict(list)
+    labels: dict[str, list[int | str]] = defaultdict(list)
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            split, text, label = _parse_row(line, f"{path}, line {number}")
+            texts[split].append(text)
+            labels[split].append(label)
+    if not texts:
+        raise TalosError(f'{path}: found no rows; write one {{"split": ..., "text": ..., "label": ...}} a line')
+    values = {label for split in labels.values() for label in split}
+    if len({type(value) for value in values}) > 1:
+        raise TalosError(f"{path}: found labels of both kinds, names and indices; use one")
+    if all(isinstance(value, str) for value in values):
+        names = names or tuple(sorted(map(str, values)))
+        foreign = sorted(map(str, values - set(names)))
+        if foreign:
+            raise TalosError(f"{path}: found the labels {foreign[:5]}, which are not among the class names; add them")
+        index: dict[int | str, int] = {value: position for position, value in enumerate(names)}
+        return {s: Split(texts[s], np.asarray([index[v] for v in labels[s]])) for s in texts}, names
+    return {s: Split(texts[s], np.asarray(labels[s])) for s in texts}, names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8").split("\n")  # not splitlines: texts may hold U+2028
+    except (EOFError, zlib.error, OSError, UnicodeDecodeError) as error:
+        raise TalosError(f"{path}: not a whole UTF-8 text file ({error}); write it again") from error
+
+
+def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise TalosError(f"{where}: not JSON ({error}); write one object a line") from error
+    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict) or not {"split", "text", "label"} <= row.keys():
+        raise TalosError(f"{where}: found {keys}; every row needs split, text and label")
+    split, text, label = ALIASES.get(str(row["split"]).lower()), row["text"], row["label"]
+    if split is None:
+        raise TalosError(f"{where}: found the split {row['split']!r}; use train, validation or test")
+    if not isinstance(text, str) or isinstance(label, bool) or not isinstance(label, int | str):
+        raise TalosError(
+            f"{where}: found text {text!r:.30} and label {label!r:.40}; give a string and an index or name"
+        )
+    return split, text, label

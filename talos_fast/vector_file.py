@@ -1,0 +1,128 @@
+"""Task vectors on disk: one safetensors file that says everything, and a JSON beside it for people and tools."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+
+from talos_fast import storage
+from talos_fast.delta import SparseDelta
+from talos_fast.errors import TalosError
+from talos_fast.fingerprint import Fingerprint, base_numel, require_base
+from talos_fast.indexing import gather, index_dtype
+
+FILE = "task_vector.safetensors"
+CONFIG = "task_vector_config.json"
+
+
+def save(
+    folder: Path,
+    deltas: Mapping[str, SparseDelta],
+    replace_from: Mapping[str, Tensor] | None,
+    base: Fingerprint,
+    info: Mapping[str, Any],
+) -> None:
+    """Writes the vector and its config; with ``replace_from`` (the base) the trained entries instead of deltas."""
+    kind = "delta" if replace_from is None else "replace"
+    tensors: dict[str, Tensor] = {}
+    for name, delta in deltas.items():
+        tensors |= storage.pack_selection(name, delta.indices, delta.numel)
+        if replace_from is not None:
+            tensors[f"{name}.values"] = delta.applied(gather(replace_from[name].cpu(), delta.indices), 1.0)
+            continue
+        tensors[f"{name}.values"] = delta.values
+        if delta.rest is not None:
+            where = delta.rest.nonzero()[:, 0]
+            tensors[f"{name}.rest_positions"] = where.to(index_dtype(delta.numel))
+            tensors[f"{name}.rest_values"] = delta.rest[where]
+    shapes = {name: list(delta.shape) for name, delta in deltas.items()}
+    content = {"shapes": shapes, "base": base, "info": info}
+    storage.write(folder / FILE, kind, tensors, content)
+    moved = sum(len(delta.values) for delta in deltas.values())
+    summary = {
+        "type": "task_vector",
+        "format_version": storage.FORMAT_VERSION,
+        "kind": kind,
+        "entries_moved": moved,
+        "density": moved / base_numel(base) if base else None,
+        **content,
+    }
+    storage.write_json(folder / CONFIG, summary)
+
+
+def locate(
+    id_or_path: str,
+    *,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """The vector's file in a folder, or fetched from the Hub repository ``user/name``.
+
+    Raises:
+        TalosError: neither such a folder nor a repository that can be reached.
+    """
+    if Path(id_or_path).is_dir():
+        return Path(id_or_path) / FILE
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", id_or_path):
+        raise TalosError(f"{id_or_path}: no such folder; give what save_pretrained wrote, or a repository as user/name")
+    try:
+        fetched = hf_hub_download(
+            id_or_path,
+            FILE,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            dry_run=False,
+        )
+    except (OSError, ValueError) as error:
+        raise TalosError(f"{id_or_path}: neither a folder nor a repository that can be reached ({error})") from error
+    return Path(fetched)
+
+
+def load(
+    path: Path, base_tensors: Mapping[str, Tensor] | None
+) -> tuple[dict[str, SparseDelta], Fingerprint, dict[str, Any]]:
+    """Deltas, base fingerprint and provenance of a file that `save` wrote.
+
+    Raises:
+        TalosError: missing, truncated, corrupted or foreign file; kind "replace" without the base, or with another.
+    """
+    kind, tensors, content = storage.read(path, ("delta", "replace"))
+    if kind == "replace":
+        if base_tensors is None:
+            raise TalosError(f"{path}: holds trained entries (kind 'replace'); pass base= to get a delta")
+        require_base(content["base"], base_tensors, str(path))
+    deltas = {}
+    for name, shape in content["shapes"].items():
+        numel = torch.Size(shape).numel()
+        indices = storage.unpack_selection(name, tensors, numel)
+        values = tensors.get(f"{name}.values")
+        if values is None or len(values) != (numel if indices is None else len(indices)):
+            raise TalosError(f"{path}: values of {name!r} are missing or do not fit its selection; the file is damaged")
+        if kind == "replace" and base_tensors is not None:
+            deltas[name] = _replaced(name, base_tensors[name].cpu(), indices, values)
+        else:
+            deltas[name] = SparseDelta(tuple(shape), values, indices, _rest(name, tensors, values))
+    return deltas, content["base"], content["info"]
+
+
+def _replaced(name: str, base: Tensor, indices: Tensor | None, values: Tensor) -> SparseDelta:
+    tuned = base.reshape(-1).clone()
+    tuned[slice(None) if indices is None else indices] = values
+    return SparseDelta.between(name, base, tuned.view(base.shape))
+
+
+def _rest(name: str, tensors: Mapping[str, Tensor], values: Tensor) -> Tensor | None:
+    positions = tensors.get(f"{name}.rest_positions")
+    if positions is None:
+        return None
+    rest = torch.zeros_like(values)
+    rest[positions] = tensors[f"{name}.rest_values"]
+    return rest

@@ -1,0 +1,45 @@
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import abi
+import pytest
+
+TOOLS = [tool for tool in ("nm", "c++filt", "readelf") if shutil.which(tool) is None]
+pytestmark = pytest.mark.skipif(bool(TOOLS), reason=f"binutils are missing: {TOOLS}")
+
+
+def library(name):
+    spec = importlib.util.find_spec(f"talos_fast.{name}")
+    if spec is None or spec.origin is None:
+        pytest.skip(f"talos_fast.{name} is not built here")
+    return Path(spec.origin)
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+def test_one_binary_for_every_torch_from_the_target_on(name):
+    assert abi.breaches(library(name)) == []
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+def test_one_binary_for_every_python(name):
+    path = library(name)
+    assert ".abi3." in path.name
+    private = [s for s in abi.imported_symbols(path) if s.startswith("_Py") and not s.startswith("_Py_")]
+    assert private == []
+
+
+def test_the_check_knows_shims_and_their_versions():
+    versions = abi.shim_versions()
+    assert versions["torch_parallel_for"] == (2, 10)
+    assert len(set(versions.values())) > 3
+
+
+def test_the_check_reports_a_plain_extension(tmp_path):
+    source, built = tmp_path / "plain.cpp", tmp_path / "plain.so"
+    source.write_text("namespace at { void manual_seed(); } void f() { at::manual_seed(); }")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(built)], check=True)
+    assert abi.breaches(built) == ["plain.so: C++ symbol at::manual_seed()"]

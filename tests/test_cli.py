@@ -1,0 +1,139 @@
+"""The command line in one process: the verbs on a tiny text model, and one clear line for bad input."""
+
+import gzip
+import json
+import sys
+
+import pytest
+from tiny_models import text_task, write_bert
+
+from talos_fast import Mask, TaskVector
+from talos_fast.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model and two tasks in files."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_bert(folder / "bert")
+    for name, classes in (("words", 3), ("more", 4)):
+        task = text_task(name, classes, per_split=24)
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            for split in ("train", "validation", "test"):
+                part = getattr(task, split)
+                for text, label in zip(part.inputs, part.labels.tolist(), strict=True):
+                    file.write(json.dumps({"split": split, "text": text, "label": task.class_names[label]}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, place):
+    """``run("calibrate --data words.jsonl.gz")`` -> (exit code, stdout, stderr), in the folder of the files."""
+
+    def call(line: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", ["talos-fast", *line.split()])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def made(run, line: str) -> str:
+    code, out, err = run(line)
+    assert code == 0, err
+    return out
+
+
+def test_the_verbs_in_a_row(run, place):
+    """calibrate, finetune, inspect, evaluate, merge by number and by search, evaluate what was merged."""
+    model = "--model hf:bert --batch-size 8 -q"
+    for task in ("words", "more"):
+        out = made(run, f"calibrate {model} --data {task}.jsonl.gz --out {task}.mask.safetensors --rounds 2")
+        assert "density 0.1" in out
+        fit = f"--mask {task}.mask.safetensors --lr 3e-2 --steps 12"
+        out = made(run, f"finetune {model} --data {task}.jsonl.gz {fit} --out {task}.vector")
+        assert "validation accuracy" in out and not (place / f"{task}.vector" / "checkpoint").exists()
+    mask, vector = Mask.load(place / "words.mask.safetensors"), TaskVector.from_pretrained(place / "words.vector")
+    assert mask.info["task"] == vector.info["task"] == "words"
+    assert not (vector.mask()[name] & ~mask[name]).any() if (name := next(iter(vector))) else False
+
+    out = made(run, "inspect words.vector --plot mask.png")
+    assert "fraction that trains" in out and "method: talos" in out
+    assert (place / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+    tasks = "--data words.jsonl.gz --data more.jsonl.gz"
+    made(run, f"merge {model} --add words.vector --subtract more.vector --alpha 0.5 --out merged")
+    made(run, f"evaluate {model} {tasks} --weights merged/model.safetensors --out a.json")
+    made(run, f"evaluate {model} {tasks} --add words.vector --subtract more.vector --alpha 0.5 --out b.json")
+    assert json.loads((place / "a.json").read_text()) == json.loads((place / "b.json").read_text())
+
+    out = made(run, f"merge {model} --add words.vector --add more.vector --alpha search {tasks} --out added")
+    report = json.loads((place / "added" / "merge.json").read_text())
+    assert f"alpha {report['alpha']:g}:" in out and len(report["search"]["trials"]) == 21
+    forget = "--subtract words.vector --alpha search --data words.jsonl.gz --control more.jsonl.gz"
+    assert "control" in made(run, f"merge {model} {forget} --out negated")
+
+
+def test_a_config_file_gives_defaults_and_flags_win(run, place):
+    (place / "c.yaml").write_text("model: hf:bert\ndata: words.jsonl.gz\ndensity: 0.2\nout: c.safetensors\nrounds: 1\n")
+    made(run, "calibrate --config c.yaml -q --density 0.5")
+    mask = Mask.load(place / "c.safetensors")
+    assert mask.info["density"] == 0.5 and mask.info["rounds"] == 1
+
+
+@pytest.mark.parametrize("line, said", [
+    ("calibrate --model hf:bert --data none.npz", "none.npz"),
+    ("calibrate --model nothing --data words.jsonl.gz", "model 'nothing'"),
+    ("calibrate --model hf:bert --data words.jsonl.gz --density 2", "density=2.0"),
+    ("calibrate --model hf:bert --data words.jsonl.gz --density 0.1 --sparsity 0.9", "give one of them"),
+    ("calibrate --model hf:bert --data words.jsonl.gz --include x*", "'x*' matches no parameter"),
+    ("calibrate --model hf:bert --data words.jsonl.gz --dtype int8", "--dtype int8"),
+    ("calibrate --model hf:bert --data words.jsonl.gz --device nowhere", "nowhere"),
+    ("calibrate --config none.yaml", "none.yaml"),
+    ("finetune --model hf:bert --data words.jsonl.gz --steps 1", "needs mask="),
+    ("finetune --model hf:bert --data words.jsonl.gz --mask words.jsonl.gz", "not a safetensors file"),
+    ("finetune --model hf:bert --data words.jsonl.gz --method x --steps 1", "method='x'"),
+    ("evaluate --model hf:bert --data words.jsonl.gz --split x", "--split x"),
+    ("evaluate --model hf:bert --data words.jsonl.gz --weights none", "none"),
+    ("evaluate --model tiny --data demo:none", "embedded tasks are"),
+    ("merge --model hf:bert", "--add or --subtract"),
+    ("merge --model hf:bert --add bert", "task_vector.safetensors: no such file"),
+    ("inspect none", "none: no such file"),
+])  # fmt: skip
+def test_bad_input_gets_one_line_and_code_two(run, line, said):
+    code, _, err = run(line)
+    assert code == 2 and said in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "content, said", [("density: 0.1\nx: 1\n", "no option 'x'"), ("- 1\n", "expected a mapping"), ("a: [", "YAML")]
+)
+def test_bad_config_files(run, place, content, said):
+    (place / "bad.yaml").write_text(content)
+    code, _, err = run("calibrate --config bad.yaml")
+    assert code == 2 and said in err
+
+
+def test_help_and_version(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(verb in out for verb in ("calibrate", "finetune", "merge", "evaluate", "inspect", "demo"))
+    assert "talos-fast 0." in made(run, "--version")
+
+
+def test_the_functions_and_the_commands_share_names_and_defaults():
+    """Every keyword of calibrate and finetune that has a plain value is an option with the same default."""
+    import inspect
+
+    import talos_fast
+    from talos_fast.cli import commands
+
+    for verb in ("calibrate", "finetune"):
+        function = inspect.signature(getattr(talos_fast, verb)).parameters
+        command = inspect.signature(getattr(commands, verb)).parameters
+        for name in function.keys() - {"model", "batches", "forward", "loss", "progress", "mask"}:
+            assert name in command, f"{verb} --{name}"
+            assert command[name].default == function[name].default, f"{verb} --{name}"

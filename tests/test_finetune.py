@@ -1,0 +1,240 @@
+"""finetune and evaluate: what trains, what never changes, interruption, and bad input."""
+
+import copy
+import os
+import signal
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from talos_fast import TalosError, calibrate, evaluate, finetune
+from talos_fast.train import Recipe
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(12, 32), nn.Dropout(0.1), nn.Linear(32, 32)
+        self.register_buffer("head", torch.randn(32, 4))
+
+    def forward(self, x):
+        return torch.tanh(self.b(self.drop(torch.relu(self.a(x))))) @ self.head
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def loader() -> DataLoader:
+    torch.manual_seed(1)
+    x = torch.randn(200, 12)
+    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=25, shuffle=True)
+
+
+def state(model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_talos_learns_and_moves_nothing_else(net):
+    base = copy.deepcopy(net)
+    mask = calibrate(net, loader(), density=0.3, progress=False)
+    vector = finetune(net, loader(), mask=mask, lr=2e-2, epochs=6, progress=False)
+    assert float(evaluate(net, loader())) > float(evaluate(base, loader())) + 0.3
+    for (name, p), q in zip(net.named_parameters(), base.parameters(), strict=True):
+        assert torch.equal(p[~mask[name]], q[~mask[name]])
+    assert vector.nnz <= mask.selected
+    assert equal(state(vector.apply_to(base)), state(net))
+    assert vector.info["method"] == "talos" and vector.info["steps"] == 48
+
+
+def test_nonlinear_trains_everything(net):
+    base = copy.deepcopy(net)
+    vector = finetune(net, loader(), method="nonlinear", lr=1e-2, steps=30, progress=False)
+    assert set(vector) == {name for name, _ in net.named_parameters()}
+    assert equal(state(vector.apply_to(base)), state(net))
+
+
+def test_a_full_mask_is_nonlinear(net):
+    from talos_fast import Mask
+
+    other = copy.deepcopy(net)
+    full = Mask({name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters()})
+    finetune(net, loader(), mask=full, lr=1e-2, steps=20, progress=False)
+    finetune(other, loader(), method="nonlinear", lr=1e-2, steps=20, progress=False)
+    for a, b in zip(state(net), state(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_keeps_its_mode_flags_and_the_caller_its_random_state(net):
+    net.eval()
+    net.b.bias.requires_grad_(False)
+    data = loader()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    finetune(net, data, method="nonlinear", steps=2, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (
+        not net.training and not net.b.bias.requires_grad and net.a.weight.requires_grad and net.a.weight.grad is None
+    )
+
+
+def interrupting(at: int):
+    """A forward that presses Ctrl-C during its call number ``at``."""
+    calls = 0
+
+    def forward(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return model(batch[0])
+
+    return forward
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, accumulate, own_generator):
+    def data():
+        batches = loader()
+        generator = torch.Generator().manual_seed(7) if own_generator else None
+        return DataLoader(batches.dataset, batch_size=25, shuffle=True, generator=generator)
+
+    mask = calibrate(net, loader(), density=0.5, progress=False)
+    options = {"mask": mask, "lr": 1e-2, "steps": 20, "accumulate": accumulate, "progress": False}
+    whole = copy.deepcopy(net)
+    vector = finetune(whole, data(), **options)
+    for at in (4, 9, 5):
+        part = copy.deepcopy(net)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(part, data(), forward=interrupting(at), checkpoint_dir=tmp_path, **options)
+        assert not equal(state(part), state(whole))
+    resumed = copy.deepcopy(net)
+    again = finetune(resumed, data(), checkpoint_dir=tmp_path, **options)
+    assert equal(state(resumed), state(whole))
+    assert (vector - again).norm() == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finished = copy.deepcopy(net)
+    finetune(finished, data(), checkpoint_dir=tmp_path, **options)
+    assert equal(state(finished), state(whole))
+
+
+def test_a_checkpoint_of_another_run_is_refused(net, tmp_path):
+    start = copy.deepcopy(net)
+    finetune(net, loader(), method="nonlinear", steps=2, checkpoint_dir=tmp_path, progress=False)
+    with pytest.raises(TalosError, match="a run with steps=2, this one has steps=3"):
+        finetune(start, loader(), method="nonlinear", steps=3, checkpoint_dir=tmp_path, progress=False)
+    with pytest.raises(TalosError, match="a run with base="):
+        finetune(net, loader(), method="nonlinear", steps=2, checkpoint_dir=tmp_path, progress=False)
+    finetune(start, loader(), method="nonlinear", steps=3, checkpoint_dir=tmp_path, resume=False, progress=False)
+
+
+@pytest.mark.parametrize("where", ["logits", "loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_step(net, tmp_path, where):
+    """Batch 5 goes wrong; the model stays where step 5 left it, and so does the checkpoint."""
+    calls = 0
+
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("inf")
+
+    def forward(model, batch):
+        nonlocal calls
+        calls += 1
+        logits = model(batch[0])
+        if calls == 6 and where != "loss":
+            return logits * float("nan") if where == "logits" else Explode.apply(logits)
+        return logits
+
+    def loss(logits, labels):
+        value = nn.functional.cross_entropy(logits, labels)
+        return value * float("inf") if calls == 6 and where == "loss" else value
+
+    good = copy.deepcopy(net)
+    data = DataLoader(loader().dataset, batch_size=25)
+    options = {"method": "nonlinear", "lr": 1e-2, "schedule": "constant", "warmup": 0, "progress": False}
+    finetune(good, data, steps=5, **options)
+    said = {"logits": "logits hold NaN", "loss": "the loss is inf", "gradient": "norm of the gradient is"}[where]
+    with pytest.raises(TalosError, match=f"epoch 0, batch 5: .*{said}"):
+        finetune(net, data, steps=8, forward=forward, loss=loss, checkpoint_dir=tmp_path, **options)
+    assert equal(state(net), state(good))
+
+
+def test_schedule_and_warmup():
+    recipe = Recipe(steps=10, lr=1.0, warmup=2, schedule="cosine", clip=None, accumulate=1, amp="off", seed=0)
+    rates = [recipe.lr_at(step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5) and rates[9] > 0
+    assert all(a >= b for a, b in pairwise(rates[1:]))
+
+
+def test_accumulation_is_a_larger_batch(net):
+    other = copy.deepcopy(net.eval())
+    net.drop.p = other.drop.p = 0.0
+    x, y = loader().dataset.tensors
+    small = [(x[n : n + 20], y[n : n + 20]) for n in range(0, 200, 20)]
+    large = [(x[n : n + 40], y[n : n + 40]) for n in range(0, 200, 40)]
+    finetune(net, small, method="nonlinear", lr=1e-3, steps=5, accumulate=2, progress=False)
+    finetune(other, large, method="nonlinear", lr=1e-3, steps=5, progress=False)
+    for a, b in zip(state(net), state(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"method": "magic"}, "method='magic': choose one of nonlinear, talos"),
+    ({"method": "talos"}, "needs mask="),
+    ({"epochs": 1, "steps": 1}, "give one of them"),
+    ({"steps": 0}, "steps=0"),
+    ({"lr": 0.0}, "lr=0.0"),
+    ({"clip": 0.0}, "clip=0.0"),
+    ({"schedule": "linear"}, "schedule='linear'"),
+    ({"amp": "fp8"}, "amp='fp8'"),
+    ({"accumulate": 99}, "make no step of accumulate=99"),
+])  # fmt: skip
+def test_bad_arguments_are_named(net, options, message):
+    with pytest.raises(TalosError, match=message):
+        finetune(net, loader(), progress=False, **{"method": "nonlinear", **options})
+
+
+def test_masks_that_do_not_fit(net):
+    mask = calibrate(net, loader(), progress=False)
+    with pytest.raises(TalosError, match="trains every entry"):
+        finetune(net, loader(), method="nonlinear", mask=mask, progress=False)
+    with pytest.raises(TalosError, match="the mask belongs to another base"):
+        finetune(Net(), loader(), mask=mask, progress=False)
+    empty = type(mask)({"a.weight": torch.zeros(32, 12, dtype=torch.bool)})
+    with pytest.raises(TalosError, match="selects none of its 384 entries"):
+        finetune(net, loader(), mask=empty, progress=False)
+
+
+def test_batches_that_run_dry(net):
+    with pytest.raises(TalosError, match="pass steps="):
+        finetune(net, (batch for batch in loader()), method="nonlinear", epochs=2, progress=False)
+    with pytest.raises(TalosError, match="epoch 1: there is no batch"):
+        finetune(net, iter(list(loader())), method="nonlinear", steps=20, progress=False)
+
+
+def test_evaluate_counts(net):
+    x, y = loader().dataset.tensors
+    expected = int((net.eval()(x).argmax(1) == y).sum())
+    accuracy = evaluate(net.train(), loader())
+    assert (accuracy.correct, accuracy.total) == (expected, 200)
+    assert float(accuracy) == expected / 200 and net.training
+    with pytest.raises(TalosError, match="no batch to evaluate"):
+        evaluate(net, [])
+    with pytest.raises(TalosError, match="batch 0: labels"):
+        evaluate(net, [(x, y + 2)])

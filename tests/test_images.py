@@ -1,0 +1,74 @@
+"""Preprocessing against Pillow and torchvision, from arrays and from files."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from talos_fast.errors import TalosError
+from talos_fast.models import ImagePreprocess
+
+GREY_LEVELS = 2.01 / 255
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    coarse = torch.rand(1, 3, 6, 6)
+    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1) * 255
+    return fine.byte().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (32, 32), (61, 40), (33, 90)])
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_equals_open_clips_transform(shape, mode, interpolation):
+    from open_clip import image_transform
+
+    mean, std, image = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), picture(*shape)
+    reference = image_transform(32, False, mean, std, mode, interpolation)(Image.fromarray(image[0]))
+    ours = ImagePreprocess((32, 32), mean, std, interpolation, mode)(image)[0]
+    assert ours.shape == reference.shape
+    assert ((ours - reference).abs().amax((1, 2)) * torch.tensor(std)).max() < GREY_LEVELS
+
+
+def test_equals_timms_transform_with_its_crop():
+    from timm.data import create_transform
+
+    image = picture(70, 90)
+    settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    reference = create_transform((3, 32, 32), crop_pct=0.9, **settings)(Image.fromarray(image[0]))
+    ours = ImagePreprocess((32, 32), crop_fraction=0.9, **settings)(image)[0]
+    assert ((ours - reference).abs() * 0.5).max() < GREY_LEVELS
+
+
+def test_small_pictures_keep_their_border():
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    image[:, 0] = 255
+    ours = ImagePreprocess((16, 16), (0.0,) * 3, (1.0,) * 3, "bilinear", crop_fraction=0.5)(image)
+    assert ours[0, 0, 0].min() == 1.0
+
+
+def test_files_of_different_sizes(tmp_path):
+    for name, shape in (("a.png", (20, 30)), ("b.png", (40, 17))):
+        Image.fromarray(picture(*shape)[0]).save(tmp_path / name)
+    preprocess = ImagePreprocess((16, 16), (0.5,) * 3, (0.5,) * 3)
+    batch = preprocess([tmp_path / "a.png", tmp_path / "b.png"])
+    assert batch.shape == (2, 3, 16, 16)
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    for name in ("a.png", "missing.png"):
+        with pytest.raises(TalosError, match=f"{name}: not a whole picture"):
+            preprocess([tmp_path / name])
+
+
+def test_settings_are_checked():
+    with pytest.raises(TalosError, match="interpolation: found 'lanczos'"):
+        ImagePreprocess((8, 8), (0.5,) * 3, (0.5,) * 3, "lanczos")
+    with pytest.raises(TalosError, match="resize_mode: found 'longest'"):
+        ImagePreprocess((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic", "longest")
+
+
+def test_config_of_open_clip():
+    plain = ImagePreprocess.from_config({"size": 64})
+    assert plain.size == (64, 64) and plain.mean[0] == pytest.approx(0.48145466)
+    full = ImagePreprocess.from_config({"size": (32, 48), "mean": (0.5,) * 3, "resize_mode": "squash"})
+    assert full.size == (32, 48) and full.resize_mode == "squash" and full.mean == (0.5, 0.5, 0.5)

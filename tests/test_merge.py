@@ -1,0 +1,117 @@
+"""merge and search_alpha: exact edits, the choice of α by its definition, and a base that comes back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from talos_fast import TalosError, TaskVector, merge, search_alpha
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def base(request) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(5, 4).to(request.param)
+
+
+def tuned(base: nn.Module, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.weight += torch.randn(4, 5).to(base.weight.dtype) * (torch.rand(4, 5) < 0.4)
+    return other
+
+
+def test_addition_and_subtraction(base):
+    a, b = (TaskVector(base, tuned(base, seed)) for seed in (1, 2))
+    start = base.weight.detach().clone()
+    edited = merge(base, [a, b], alpha=0.4, weights=[1.0, -2.0])
+    delta = {vector: vector.to_dense()["weight"].double() for vector in (a, b)}
+    expected = (start.double() + 0.4 * (delta[a] - 2 * delta[b])).to(start.dtype)
+    torch.testing.assert_close(
+        edited.weight, nn.Parameter(expected), rtol=1e-6 if start.dtype == torch.float32 else 1e-2, atol=0
+    )
+    assert torch.equal(base.weight, start)
+    assert torch.equal(merge(base, [a]).weight, tuned(base, 1).weight)
+    assert merge(base, [-a], inplace=True) is base and not torch.equal(base.weight, start)
+
+
+def test_search_alpha_for_addition(base):
+    """Accuracies made up from the weights, so that the optimum is known: each task likes its own half of its vector."""
+    vectors = [TaskVector(base, tuned(base, seed)) for seed in (1, 2)]
+    start = base.weight.detach().clone()
+    total = (vectors[0] + vectors[1]).to_dense()["weight"]
+    seen = []
+
+    def position(model):
+        moved = (model.weight.detach().float() - start.float()).flatten()
+        return float(moved @ total.flatten() / total.flatten().square().sum())
+
+    def judge(model):
+        seen.append(position(model))
+        return 0.9 - abs(position(model) - 0.35)
+
+    found = search_alpha(base, vectors, evaluate=[judge, judge])
+    assert found.alpha == pytest.approx(0.35)
+    assert len(found.trials) == 21 and found.best.alpha == found.alpha and "smallest" in found.why
+    assert torch.equal(base.weight, start)
+    assert len(found.references) == 2 and found.best.normalized[0] == found.best.accuracies[0] / found.references[0]
+    assert found.to_json()["alpha"] == found.alpha
+
+
+def test_ties_take_the_smallest_alpha(base):
+    vector = TaskVector(base, tuned(base, 1))
+    assert search_alpha(base, [vector], evaluate=lambda model: 0.5).alpha == 0.0
+    assert search_alpha(base, [vector], evaluate=lambda model: 0.5, grid=[0.9, 0.3]).alpha == 0.3
+
+
+def test_search_alpha_for_negation(base):
+    vector = -TaskVector(base, tuned(base, 1))
+    start = base.weight.detach().clone()
+    scale = float(vector.to_dense()["weight"].norm())
+
+    def alpha_of(model):
+        return float((model.weight.detach().float() - start.float()).norm()) / scale
+
+    found = search_alpha(
+        base, [vector], evaluate=lambda model: 0.8 - 0.5 * alpha_of(model),
+        control=lambda model: 0.6 - 0.095 * alpha_of(model),
+    )  # fmt: skip
+    assert found.alpha == pytest.approx(0.3)
+    assert found.best.control >= 0.95 * 0.6 and found.control == pytest.approx(0.6)
+    loose = search_alpha(base, [vector], evaluate=alpha_of, control=lambda model: 0.6, control_floor=0.5)
+    assert loose.alpha == 0.0
+    assert torch.equal(base.weight, start)
+
+
+def test_an_evaluation_that_fails_leaves_the_base(base):
+    start = base.weight.detach().clone()
+
+    def failing(model):
+        if not torch.equal(model.weight, start):
+            raise RuntimeError("out of memory")
+        return 0.5
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        search_alpha(base, [TaskVector(base, tuned(base, 1))], evaluate=failing)
+    assert torch.equal(base.weight, start)
+
+
+def test_refusals(base):
+    vector = TaskVector(base, tuned(base, 1))
+    with pytest.raises(TalosError, match="no task vector to merge"):
+        merge(base, [])
+    with pytest.raises(TalosError, match="2 weights for 1 task vectors"):
+        merge(base, [vector], weights=[1, 2])
+    with pytest.raises(TalosError, match="method='ties'"):
+        merge(base, [vector], method="ties")
+    with pytest.raises(TalosError, match="another base"):
+        merge(tuned(base, 3), [vector])
+    with pytest.raises(TalosError, match="2 evaluators for 1"):
+        search_alpha(base, [vector], evaluate=[float, float])
+    with pytest.raises(TalosError, match="grid is empty"):
+        search_alpha(base, [vector], evaluate=lambda m: 0.5, grid=[])
+    with pytest.raises(TalosError, match="no alpha of the grid keeps the control"):
+        worse = iter([0.9, 0.1])
+        search_alpha(base, [vector], evaluate=lambda m: 0.5, control=lambda m: next(worse), grid=[0.5])

@@ -1,0 +1,94 @@
+"""Loading by name, and what is said when that does not work."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import WordTokenizer, tiny_clip, write_bert, write_t5, write_tokenizer
+
+from talos_fast import models
+from talos_fast.errors import TalosError
+
+
+def test_load_by_name(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "talos_fast"):
+        backbone = models.load("vit_tiny_patch16_224", dtype=torch.bfloat16)
+    assert "random weights" in caplog.text
+    assert next(backbone.encoder.parameters()).dtype == torch.bfloat16
+    assert "blocks.0.attn.qkv.weight" in dict(backbone.encoder.named_parameters())
+    assert backbone.preprocess.crop_fraction == 0.9
+    assert models.load(f"t5:{write_t5(tmp_path / 't5')}").name.startswith("t5:")
+
+
+def test_open_clip_by_name_knows_quick_gelu(tmp_path, monkeypatch):
+    import open_clip
+
+    asked = {}
+
+    def create(name, pretrained, **kwargs):
+        asked.update(kwargs)
+        return tiny_clip().model
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: WordTokenizer())
+    models.load("ViT-B-32", pretrained="openai")
+    assert asked["force_quick_gelu"] is True
+    models.load("open_clip:ViT-B-32", pretrained="laion2b_s34b_b79k")
+    assert asked["force_quick_gelu"] is False
+
+
+def test_errors_name_what_was_tried(tmp_path):
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "config.json").write_text("{}")
+    (tmp_path / "weights.pth").write_bytes(b"not weights")
+    t5 = write_t5(tmp_path / "t5")
+    bert = write_bert(tmp_path / "bert")
+    write_tokenizer(tmp_path / "hollow", eos=True)
+    (tmp_path / "hollow" / "config.json").write_text((t5 / "config.json").read_text())
+    for arguments, message in [
+        ({"name": "no-such-model"}, r"tried a directory with config\.json, \d+ names of open_clip, \d+ names of timm"),
+        ({"name": "open_clip:ViT-B-33"}, "did you mean ViT-B-32"),
+        ({"name": "timm:vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
+        ({"name": "RN50", "pretrained": str(tmp_path / "weights.pth")}, "open_clip:RN50 with .* could not be loaded"),
+        ({"name": "ViT-B-32", "pretrained": "nobody"}, "neither a file nor a tag of ViT-B-32"),
+        ({"name": "timm:vit_tiny_patch16_224", "pretrained": "nowhere.pth"}, "no file nowhere.pth"),
+        ({"name": "timm:vit_tiny_patch16_224", "pretrained": str(tmp_path / "weights.pth")}, "not a whole file"),
+        ({"name": str(tmp_path / "junk")}, "no model_type"),
+        ({"name": f"hf:{t5}"}, "use t5:"),
+        ({"name": f"t5:{bert}"}, "could not be loaded|found 'bert'"),
+        ({"name": str(tmp_path / "hollow")}, "could not be loaded"),
+        ({"name": str(bert), "pretrained": "x"}, "carries its own weights"),
+        ({"name": "hf:nobody/nothing-here"}, "could not be loaded"),
+        ({"name": "tiny", "device": "cuda:99"}, "device: cuda:99 cannot be used"),
+    ]:
+        with pytest.raises(TalosError, match=message):
+            models.load(**arguments)
+
+
+def test_timm_weights_of_another_model(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"cls_token": torch.zeros(1, 1, 8)}, tmp_path / "other.safetensors")
+    with pytest.raises(TalosError, match="of another model"):
+        models.load("timm:vit_tiny_patch16_224", pretrained=str(tmp_path / "other.safetensors"))
+
+
+def test_hf_weights_that_lack_a_tensor(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = write_bert(tmp_path) / "model.safetensors"
+    state = {k: v for k, v in load_file(file).items() if "layer.1.output" not in k}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(TalosError, match="weights lack"):
+        models.load(str(tmp_path))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(TalosError, match="could not be loaded"):
+        models.load(str(tmp_path))
+
+
+def test_a_package_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("talos_fast.models.registry._names", lambda package: [])
+    with pytest.raises(TalosError, match="pip install open_clip_torch"):
+        models.load("open_clip:ViT-B-32")
+    with pytest.raises(TalosError, match="0 names of timm"):
+        models.load("vit_tiny_patch16_224")

@@ -1,0 +1,305 @@
+"""Per-sample squared gradients in float64 against torch.func and against a plain backward a sample, model by model."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from talos_fast import TalosError
+from talos_fast.sensitivity import maskable_parameters, sensitivities
+from talos_fast.sensitivity.estimators import probe
+
+TOLERANCE = 1e-10
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """In float64 evaluation mode, with norms and biases away from their trivial starts."""
+    for p in model.parameters():
+        if p.numel() and p.max() == p.min():
+            nn.init.normal_(p, float(p.detach().mean()), 0.3)
+    return model.double().eval()
+
+
+def by_vmap(model, scalar, batch) -> dict[str, torch.Tensor]:
+    """The textbook way: vmap over samples of the gradient of one sample's scalar."""
+    tracked = {name: p.detach() for name, p in model.named_parameters()}
+
+    def one(params, *sample):
+        return scalar(lambda *args: functional_call(model, params, args), *sample)
+
+    gradients = vmap(grad(one), in_dims=(None, *[0] * len(batch)))(tracked, *batch)
+    return {name: g.square().sum(0) for name, g in gradients.items()}
+
+
+def by_loop(model, forward, batch, labels) -> dict[str, torch.Tensor]:
+    """One backward a sample, through the logits of the whole batch, as in the paper's code."""
+    names, tensors = zip(*model.named_parameters(), strict=True)
+    logits = forward(model, batch)
+    total = {name: torch.zeros_like(p) for name, p in zip(names, tensors, strict=True)}
+    for n, label in enumerate(labels):
+        for name, g in zip(
+            names, torch.autograd.grad(logits[n, label], tensors, retain_graph=True, allow_unused=True), strict=True
+        ):
+            if g is not None:
+                total[name] += g.square()
+    return total
+
+
+def assert_equal(found, expected, zero=()):
+    """Relative to each tensor's maximum; ``zero`` names tensors whose true gradient is 0 (attention key biases)."""
+    for name, score in found.items():
+        scale = expected[name].max()
+        if any(part in name for part in zero):
+            assert score.max() < 1e-25 and scale < 1e-25, name
+        else:
+            assert scale > 1e-15, f"{name}: nothing to compare"
+            assert (score - expected[name]).abs().max() <= TOLERANCE * scale, name
+
+
+def open_clip_tower(width: int = 48) -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    tower = VisionTransformer(32, 8, width, 2, 3, 4.0, output_dim=24)
+    return randomized(nn.Sequential(tower, nn.Linear(24, 5)))
+
+
+def images(samples: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(samples, 3, 32, 32).double(), torch.randint(0, 5, (samples,))
+
+
+def test_open_clip_vision_transformer():
+    model, batch = open_clip_tower(), images()
+    found = sensitivities(model, [batch], estimator="sampled-logit", labels=[batch[1]], include=["*"])
+    assert len(found) == len(list(model.named_parameters()))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        expected = by_vmap(model, lambda call, x, y: call(x[None])[0].gather(0, y[None])[0], batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert_equal(found, expected)
+
+
+def test_timm_vision_transformer():
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3,
+                              num_classes=5, init_values=0.1)  # fmt: skip
+    batch = images()
+    found = sensitivities(randomized(model), [batch], estimator="sampled-logit", labels=[batch[1]])
+    assert_equal(found, by_loop(model, lambda m, b: m(b[0]), batch, batch[1]))
+    assert not [name for name in found if "head" in name or ("embed" in name and "patch" not in name)]
+
+
+def text_batch(vocabulary: int, samples: int = 4, classes: int = 3) -> dict[str, torch.Tensor]:
+    mask = torch.ones(samples, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"input_ids": torch.randint(1, vocabulary, (samples, 9)), "attention_mask": mask,
+            "labels": torch.randint(0, classes, (samples,))}  # fmt: skip
+
+
+def call_with(names):
+    return lambda model, batch: model(**{key: batch[key] for key in names}).logits
+
+
+@pytest.mark.parametrize("include", [None, ["*"]])
+def test_bert(include):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3
+    )
+    model, batch = randomized(BertForSequenceClassification(config)), text_batch(40)
+    found = sensitivities(model, [batch], estimator="sampled-logit", labels=[batch["labels"]], include=include)
+    expected = by_loop(model, call_with(["input_ids", "attention_mask"]), batch, batch["labels"])
+    assert_equal(found, expected, zero=["key.bias"])
+
+
+def test_gpt2_with_transposed_weights():
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=2, n_head=4, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    model, batch = randomized(GPT2ForSequenceClassification(config)), text_batch(40)
+    del batch["attention_mask"]
+    found = sensitivities(model, [batch], estimator="sampled-logit", labels=[batch["labels"]])
+    assert_equal(found, by_loop(model, call_with(["input_ids"]), batch, batch["labels"]))
+
+
+@pytest.mark.parametrize("include", [None, ["*"]])
+def test_t5_choice_scores(include):
+    """Encoder, decoder, cross attention, RMS norms, and with '*' the tied embeddings and relative positions."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
+                      feed_forward_proj="gated-gelu")  # fmt: skip
+    model = randomized(T5ForConditionalGeneration(config))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    choices = torch.randint(1, 40, (2, 5))
+
+    def forward(model, batch):
+        samples = len(batch["labels"])
+        encoded = model.encoder(input_ids=batch["input_ids"])[0].repeat_interleave(2, 0)
+        logits = model(encoder_outputs=(encoded,), labels=choices.repeat(samples, 1)).logits
+        return logits.log_softmax(-1).gather(-1, choices.repeat(samples, 1)[..., None]).view(samples, 2, -1).sum(-1)
+
+    batch = text_batch(40, samples=3, classes=2)
+    found = sensitivities(
+        model, [batch], forward=forward, estimator="sampled-logit", labels=[batch["labels"]], include=include
+    )
+    assert any("EncDecAttention" in name for name in found)
+    assert_equal(found, by_loop(model, forward, batch, batch["labels"]))
+
+
+class Net(nn.Module):
+    """Shared weights, a raw scale, a raw shift, a matmul, a grouped convolution and time-first activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1, stride=2)
+        self.grouped = nn.Conv2d(6, 6, 3, padding=1, groups=3)
+        self.shared = nn.Linear(6, 6)
+        self.scale, self.shift = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.randn(6))
+        self.right = nn.Parameter(torch.randn(6, 8))
+        self.norm = nn.RMSNorm(8)
+        self.time_first = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.grouped(torch.tanh(self.conv(x))).flatten(2).transpose(1, 2)
+        h = self.shared(torch.tanh(self.shared(h))) * self.scale + self.shift
+        h = self.norm(h @ self.right)
+        return self.out(torch.tanh(self.time_first(h.transpose(0, 1))).sum(0))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 9])
+def test_every_kind_of_use_and_the_fallback(samples, caplog):
+    """Nine samples of nine tokens: an axis that is taken for the batch by its size would be wrong here."""
+    model = randomized(Net())
+    batch = (torch.randn(samples, 3, 6, 6).double(), torch.randint(0, 4, (samples,)))
+    with caplog.at_level(logging.INFO, "talos_fast"):
+        found = sensitivities(model, [batch], estimator="sampled-logit", labels=[batch[1]])
+    assert_equal(found, by_vmap(model, lambda call, x, y: call(x[None])[0].gather(0, y[None])[0], batch))
+    said = {record.getMessage().split(":")[0] for record in caplog.records}
+    assert {"grouped.weight", "grouped.bias"} <= said
+    assert said <= {"grouped.weight", "grouped.bias", "time_first.weight", "time_first.bias"}
+
+
+@settings(max_examples=25, deadline=None)
+@given(samples=st.integers(1, 5), tokens=st.integers(1, 5), width=st.integers(1, 6), classes=st.integers(2, 4))
+def test_shapes(samples, tokens, width, classes):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.out = nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, classes)
+
+        def forward(self, x):
+            return self.out(torch.sin(self.norm(x + torch.sin(self.first(x)))).sum(1))
+
+    torch.manual_seed(samples * 1000 + tokens * 100 + width * 10 + classes)
+    model = Tokens().double()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    batch = (torch.randn(samples, tokens, width).double(), torch.randint(0, classes, (samples,)))
+    found = sensitivities(model, [batch], estimator="sampled-logit", labels=[batch[1]])
+    expected = by_vmap(model, lambda call, x, y: call(x[None])[0].gather(0, y[None])[0], batch)
+    for name, score in found.items():
+        assert (score - expected[name]).abs().max() <= TOLERANCE * expected[name].max() + 1e-25, name
+
+
+def test_the_batch_size_does_not_change_the_result():
+    model, (x, y) = open_clip_tower(), images(6)
+    whole = sensitivities(model, [(x, y)], estimator="empirical")
+    parts = sensitivities(model, [(x[:1], y[:1]), (x[1:6], y[1:6])], estimator="empirical")
+    for name, score in whole.items():
+        assert (score - parts[name]).abs().max() <= 1e-12 * score.max()
+
+
+def logits_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(3, 4).double() * 2, torch.tensor([0, 1, 3])
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "sampled-logprob", "sampled-logit", "jacobian"])
+def test_probes_are_unbiased(estimator):
+    """E[a aᵀ] is what each estimator promises, over 20,000 draws."""
+    logits, labels = logits_and_labels()
+    generator = torch.Generator().manual_seed(0)
+    many = probe(estimator, logits.repeat(20000, 1), labels.repeat(20000), None, generator)
+    draws = many.view(20000, *logits.shape)
+    found = torch.einsum("rnk,rnj->nkj", draws, draws) / len(draws)
+    p = logits.softmax(-1)
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    expected = {"jacobian": torch.eye(4).double().expand(3, 4, 4), "sampled-logit": torch.diag_embed(p)}.get(
+        estimator, fisher
+    )
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "sampled-logprob"])
+def test_probing_is_differentiating_the_log_probability(estimator):
+    logits, labels = logits_and_labels()
+    logits.requires_grad_()
+    logits.log_softmax(-1)[range(3), labels].sum().backward()
+    a = probe(estimator, logits, labels, labels, torch.Generator())
+    torch.testing.assert_close(a, logits.grad)
+
+
+def test_repeats_average_and_seeds_repeat():
+    model, batch = open_clip_tower(), images()
+    once = sensitivities(model, [batch], estimator="empirical")
+    often = sensitivities(model, [batch], estimator="empirical", samples_per_input=3)
+    again, other = (sensitivities(model, [batch], seed=seed) for seed in (0, 1))
+    for name, score in sensitivities(model, [batch], seed=0).items():
+        assert torch.equal(score, again[name])
+        torch.testing.assert_close(once[name], often[name])
+    assert any(not torch.equal(again[name], other[name]) for name in again)
+
+
+def test_the_model_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    model[2].bias.requires_grad_(False)
+    found = sensitivities(model, [(torch.randn(5, 3), torch.zeros(5, dtype=torch.long))])
+    assert set(found) == {"0.weight", "0.bias", "2.weight"}
+    assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
+    assert model.training and model[1].training and all(p.grad is None for p in model.parameters())
+
+
+def test_samples_that_interact_are_refused():
+    class Mixing(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    with pytest.raises(TalosError, match="batch 0: logits change with the other samples"):
+        sensitivities(Mixing(3, 2), [(torch.randn(5, 3), torch.zeros(5, dtype=torch.long))])
+
+
+@pytest.mark.parametrize("batches, message", [
+    ([], "there is no batch"),
+    ([(torch.randn(0, 3), torch.zeros(0, dtype=torch.long))], "batch 0: the batch is empty"),
+    ([(torch.randn(2, 3), torch.tensor([0, 2]))], r"batch 0: labels 0 … 2, but the model has 2 classes"),
+    ([(torch.full((2, 3), float("nan")), torch.tensor([0, 1]))], "batch 0: the logits hold NaN"),
+    ([torch.randn(2, 3)], "batch 0: no labels"),
+])  # fmt: skip
+def test_bad_batches_are_named(batches, message):
+    with pytest.raises(TalosError, match=message):
+        sensitivities(nn.Linear(3, 2), batches)
+
+
+def test_maskable_parameters_and_their_refusals():
+    model = open_clip_tower()
+    names = set(maskable_parameters(model))
+    assert "0.transformer.resblocks.0.attn.in_proj_weight" in names
+    assert "0.conv1.weight" in names and "0.class_embedding" not in names and "0.positional_embedding" not in names
+    assert list(maskable_parameters(model, include="*class_embedding")) == ["0.class_embedding"]
+    assert not [n for n in maskable_parameters(model, exclude=["*ln_*"]) if "ln_" in n]
+    with pytest.raises(TalosError, match="'nothing' matches no parameter"):
+        maskable_parameters(model, include=["nothing"])
+    with pytest.raises(TalosError, match="no maskable parameter"):
+        maskable_parameters(nn.Embedding(3, 3))
+    with pytest.raises(TalosError, match="estimator='x': choose one of fisher"):
+        sensitivities(model, [images()], estimator="x")

@@ -1,0 +1,182 @@
+"""The vector: exact both ways, linear, checked against its base, small on disk."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from talos_fast import TalosError, TaskVector
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def states(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A base, and a state with steps of every size in a tenth of a matrix, in a scalar and in a 4-d tensor."""
+    base = {
+        "w": torch.randn(60, 50),
+        "untouched": torch.randn(9),
+        "scalar": torch.tensor(1.5),
+        "images": torch.randn(4, 5, 6, 7).to(memory_format=torch.channels_last),
+    }
+    base = {name: t.to(dtype) for name, t in base.items()}
+    tuned = {name: t.clone() for name, t in base.items()}
+    moved = torch.rand(60, 50) < 0.1
+    steps = torch.randn(int(moved.sum())) * 10.0 ** torch.randint(-6, 3, (int(moved.sum()),))
+    tuned["w"][moved] += steps.to(dtype)
+    tuned["w"][0, 0] = 1e-20  # far below what the difference can say
+    tuned["scalar"] += 1
+    tuned["images"] = torch.randn_like(base["images"])
+    return base, tuned
+
+
+def equal(first, second) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["memory", "delta", "replace"])
+def test_apply_restores_the_tuned_bits_and_revert_the_base(tmp_path, dtype, kind):
+    base, tuned = states(dtype)
+    vector = TaskVector(base, tuned, info={"task": "x"})
+    if kind != "memory":
+        vector.save_pretrained(tmp_path, kind=kind, base=base)
+        vector = TaskVector.from_pretrained(tmp_path, base=base)
+        assert vector.info == {"task": "x"}
+        assert {f.name for f in tmp_path.iterdir()} == {
+            "task_vector.safetensors",
+            "task_vector_config.json",
+            "README.md",
+        }
+    model = {name: t.clone() for name, t in base.items()}
+    assert vector.apply_to(model) is model
+    assert equal(model, tuned)
+    vector.revert(model)
+    assert equal(model, base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_revert_after_any_coefficient(dtype):
+    base, tuned = states(dtype)
+    model = {name: t.clone() for name, t in base.items()}
+    vector = TaskVector(base, tuned)
+    vector.apply_to(model, scaling_coef=-0.37)
+    assert not equal(model, base)
+    vector.revert(model)
+    assert equal(model, base)
+
+
+def test_algebra_matches_dense_arithmetic():
+    base, first = states(torch.float32)
+    torch.manual_seed(1)
+    second = {name: t + torch.randn_like(t) * (torch.rand_like(t) < 0.2) for name, t in base.items()}
+    a, b = TaskVector(base, first), TaskVector(base, second)
+
+    def dense(vector):
+        return {name: vector.to_dense().get(name, torch.zeros_like(base[name])) for name in base}
+
+    da, db = dense(a), dense(b)
+    for vector, expected in [
+        (a + b, {n: da[n] + db[n] for n in base}),
+        (a - b, {n: da[n] - db[n] for n in base}),
+        (-a, {n: -da[n] for n in base}),
+        (0.25 * a, {n: 0.25 * da[n] for n in base}),
+        (a / 4, {n: da[n] / 4 for n in base}),
+        (sum([a, b, a]), {n: da[n] + db[n] + da[n] for n in base}),
+    ]:
+        assert equal(dense(vector), expected)
+    flat_a, flat_b = (torch.cat([d[n].reshape(-1).double() for n in base]) for d in (da, db))
+    assert a.dot(b) == pytest.approx(float(flat_a @ flat_b))
+    assert a.norm() == pytest.approx(float(flat_a.norm()))
+    assert a.cosine(b) == pytest.approx(float(torch.cosine_similarity(flat_a, flat_b, dim=0)))
+    assert (a - a).norm() == 0
+    assert a.overlap(a)["total"] == 1
+
+
+def test_modules_and_checkpoints(tmp_path):
+    from safetensors.torch import save_file
+
+    base = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight[0] += 1
+        tuned[1].running_mean += 2
+    vector = TaskVector(base, tuned)
+    assert list(vector) == ["0.weight", "1.running_mean"]
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    save_file(tuned.state_dict(), tmp_path / "model.safetensors")
+    assert TaskVector(tmp_path / "base.safetensors", tmp_path).nnz == vector.nnz
+    edited = vector.apply_to(copy.deepcopy(base))
+    assert equal(edited.state_dict(), tuned.state_dict())
+
+
+def test_files_are_small(tmp_path):
+    base = {"w": torch.randn(1000, 1000)}
+    tuned = {"w": base["w"] + 1e-3 * (torch.rand(1000, 1000) < 0.1)}
+    vector = TaskVector(base, tuned)
+    vector.save_pretrained(tmp_path)
+    size = (tmp_path / "task_vector.safetensors").stat().st_size
+    assert vector.nbytes <= size <= vector.nbytes + 2000
+    assert size < 0.15 * 4e6
+    assert vector.density == pytest.approx(0.1, rel=0.02)
+
+
+def test_refuses_another_base():
+    base, tuned = states(torch.float32)
+    vector = TaskVector(base, tuned)
+    other = {name: t.clone() for name, t in base.items()}
+    other["untouched"][0] += 1
+    with pytest.raises(TalosError, match="another base: 1 of 4 tensors differ, the first is 'untouched'"):
+        vector.apply_to(other)
+    with pytest.raises(TalosError, match="recorded float32 .* found bfloat16"):
+        vector.apply_to({name: t.bfloat16() for name, t in base.items()})
+    vector.apply_to(other, check_base=False)
+
+
+def test_refuses_mixed_bases():
+    base, tuned = states(torch.float32)
+    moved = {name: t + 1 for name, t in base.items()}
+    with pytest.raises(TalosError, match="different bases, which differ in"):
+        TaskVector(base, tuned) + TaskVector(moved, tuned)
+
+
+def test_nothing_is_written_when_a_name_or_shape_is_wrong():
+    base = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    vector = TaskVector(base, {"a": torch.ones(3), "b": torch.ones(3)})
+    lacking = {"a": torch.zeros(3)}
+    with pytest.raises(TalosError, match="moves 'b', which the model lacks"):
+        vector.apply_to(lacking)
+    wrong = {"a": torch.zeros(3), "b": torch.zeros(4)}
+    with pytest.raises(TalosError, match=r"'b': the vector has shape \(3,\), the model \(4,\)"):
+        vector.apply_to(wrong, check_base=False)
+    assert lacking["a"].sum() == wrong["a"].sum() == 0
+
+
+def test_refuses_what_is_no_pair():
+    base, tuned = states(torch.float32)
+    with pytest.raises(TalosError, match="only the pretrained model has 'scalar'"):
+        TaskVector(base, {name: t for name, t in tuned.items() if name != "scalar"})
+    with pytest.raises(TalosError, match="'w': pretrained is torch.float32"):
+        TaskVector(base, {**tuned, "w": tuned["w"].half()})
+    with pytest.raises(TalosError, match="'w': the difference holds NaN"):
+        TaskVector(base, {**tuned, "w": tuned["w"] / 0})
+
+
+def test_apply_twice_and_revert_unapplied():
+    base, tuned = states(torch.float32)
+    vector = TaskVector(base, tuned)
+    with pytest.raises(TalosError, match="not applied"):
+        vector.revert(base)
+    vector.apply_to(base)
+    with pytest.raises(TalosError, match="applied to this model already"):
+        vector.apply_to(base)
+
+
+def test_replace_needs_its_base(tmp_path):
+    base, tuned = states(torch.bfloat16)
+    vector = TaskVector(base, tuned)
+    with pytest.raises(TalosError, match="pass the pre-trained model as base="):
+        vector.save_pretrained(tmp_path, kind="replace")
+    vector.save_pretrained(tmp_path, kind="replace", base=base)
+    with pytest.raises(TalosError, match="pass base="):
+        TaskVector.from_pretrained(tmp_path)
