@@ -73,7 +73,7 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
             )
     figure.colorbar(image, ax=top, label="fraction that trains")
     for axis, (name, mask) in zip(axes[1], weights.items(), strict=False):
-        axis.imshow(_cells(mask), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.imshow(_cells(mask).numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         axis.set_title(f"{name.split(marker)[-1]}\n{mask.float().mean():.2f} of {tuple(mask.shape)}", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -100,7 +100,7 @@ def plot_disentanglement(
     half = (alphas[1] - alphas[0]) / 2
     extent = (alphas[0] - half, alphas[-1] + half, alphas[0] - half, alphas[-1] + half)
     image = axis.imshow(
-        errors.T, origin="lower", extent=extent, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest"
+        errors.T.numpy(), origin="lower", extent=extent, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest"
     )
     axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="tab:red", linewidth=2))
     axis.text(0.5, 1.03, "search range", color="tab:red", ha="center", va="bottom", fontsize=8)
