@@ -102,8 +102,8 @@ def plot_disentanglement(
     image = axis.imshow(
         errors.T.numpy(), origin="lower", extent=extent, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest"
     )
-    axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="tab:red", linewidth=2))
-    axis.text(0.5, 1.03, "search range", color="tab:red", ha="center", va="bottom", fontsize=8)
+    axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="tab:cyan", linewidth=2))
+    axis.text(0.5, 1.03, "search range", color="tab:cyan", ha="center", va="bottom", fontsize=8)
     axis.set_xlabel(f"α of {tasks[0]}")
     axis.set_ylabel(f"α of {tasks[1]}")
     figure.colorbar(image, ax=axis, label="disentanglement error ξ (mean of both tasks)")

@@ -10,8 +10,12 @@ import torch
 import talos_fast
 from talos_fast.study import MethodResult, StudyResult
 
-# accuracies: each task by its own vector; all vectors added, absolute and normalised, at α; one vector subtracted
-COLUMNS = ("method", "lr", "single", "added", "norm.", "α", "target ↓", "control", "s/task", "kB/task")
+COLUMNS_MEANING = (
+    "single: each task with its own vector; added, norm.: all vectors added with α, absolute and over single; "
+    "target, control: one vector subtracted, accuracy on its task (lower is better) and on the control task; "
+    "s/task: calibration and training; kB: a vector's file"
+)
+COLUMNS = ("method", "lr", "single", "added", "norm.", "α", "target", "control", "s/task", "kB")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -2,7 +2,7 @@
 
 Figures and letters are upright sans-serif type, shapes are filled, patterns are coarse, and handwriting does not occur
 at all: what the tasks show differs, so that there is something to fine-tune. Photographs come from the tiles of the
-tasks' train splits only, at another scale.
+tasks' train splits only, in grey and at another scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,7 +83,7 @@ def _pattern(rng: np.random.Generator) -> Captioned:
 
 def _surface(rng: np.random.Generator) -> Captioned:
     name = concepts.SURFACES[rng.integers(len(concepts.SURFACES))]
-    return painting.add_noise(rng, photos.surface(rng, name, "train", (0.4, 0.7)), (0, 35)), name
+    return painting.add_noise(rng, photos.surface(rng, name, "train", (0.4, 0.7), grey=True), (0, 35)), name
 
 
 def _thing(rng: np.random.Generator) -> Captioned:

@@ -95,7 +95,8 @@ def pattern(name: str, *, period: float, phase: tuple[float, float], tilt: float
     else:  # rings around a point near the middle
         middle = 0.5 / period
         on = np.hypot(x - 2 * phase[0] * 0.8 - middle, y - 2 * phase[1] * 0.8 - middle) % 1 < 0.5
-    return on.reshape(SIDE, 3, SIDE, 3).mean((1, 3)).astype(np.float32)
+    covered: Mask = on.reshape(SIDE, 3, SIDE, 3).mean((1, 3)).astype(np.float32)
+    return covered
 
 
 def _canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:

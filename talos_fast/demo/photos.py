@@ -31,8 +31,10 @@ _PHOTOS: dict[str, tuple[str, str, tuple[int, int, int, int], int]] = {
 }
 
 
-def surface(rng: np.random.Generator, name: str, part: Part, scale: tuple[float, float]) -> npt.NDArray[np.float64]:
-    """A random square crop of a photograph, reduced to grey, with a random brightness and contrast.
+def surface(
+    rng: np.random.Generator, name: str, part: Part, scale: tuple[float, float], *, grey: bool
+) -> npt.NDArray[np.float64]:
+    """A random square crop of a photograph, perhaps mirrored.
 
     A photograph is cut into tiles, each of which belongs to one part; a crop lies within one tile, so the parts
     share no pixel.
@@ -42,21 +44,24 @@ def surface(rng: np.random.Generator, name: str, part: Part, scale: tuple[float,
         name: one of `concepts.SURFACES`.
         part: "train", "validation" or "test".
         scale: smallest and largest crop side, as fractions of the tile side.
+        grey: reduced to grey, with a random brightness and contrast; else as it is, but for a small change of both.
 
     Returns:
         float64 of shape (32, 32, 3), values about 0 ... 255.
     """
-    photo, tile = _photo(name), _PHOTOS[name][3]
+    photo, tile = _photo(name, grey), _PHOTOS[name][3]
     corners = tiles(name, part)
     left, top = corners[rng.integers(len(corners))]
     side = round(tile * rng.uniform(*scale))
     left, top = left + int(rng.integers(tile - side + 1)), top + int(rng.integers(tile - side + 1))
     crop = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    grey = np.asarray(crop, np.float64)
+    pixels = np.asarray(crop, np.float64)
     if rng.random() < 0.5:
-        grey = grey[:, ::-1]
-    grey = (grey - grey.mean()) / (grey.std() + 8) * rng.uniform(25, 50) + rng.uniform(70, 170)
-    return np.repeat(grey[..., None], 3, axis=2)
+        pixels = pixels[:, ::-1]
+    if not grey:
+        return pixels * rng.uniform(0.85, 1.15) + rng.uniform(-12, 12)
+    pixels = (pixels - pixels.mean()) / (pixels.std() + 8) * rng.uniform(25, 50) + rng.uniform(70, 170)
+    return np.repeat(pixels[..., None], 3, axis=2)
 
 
 @cache
@@ -82,11 +87,11 @@ def handwritten_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]
 
 
 @cache
-def _photo(name: str) -> Image.Image:
+def _photo(name: str, grey: bool) -> Image.Image:
     package, path, _, _ = _PHOTOS[name]
     try:
         with as_file(files(package) / path) as file, Image.open(file) as image:
-            return image.convert("L")
+            return image.convert("L" if grey else "RGB")
     except (ImportError, OSError) as error:
         raise _missing({"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]) from error
 

@@ -70,7 +70,7 @@ def pretrain(*, steps: int, batch_size: int, images: int, lr: float, seed: int) 
 
 def save(model: Any, tokenizer: WordTokenizer, made: dict[str, Any], folder: Path) -> None:
     """Write weights (fp16) and description to a folder."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialize
 
     text_cfg = {**TEXT, "vocab_size": tokenizer.vocab_size}
     description = {
@@ -80,7 +80,8 @@ def save(model: Any, tokenizer: WordTokenizer, made: dict[str, Any], folder: Pat
     }
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
+    # not save_file, which makes a file that only its owner can read: the package is for everyone
+    (folder / WEIGHTS_NAME).write_bytes(serialize(weights))
     (folder / CONFIG_NAME).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from talos_fast.demo.painting import Image, Style
 from talos_fast.demo.photos import Part
 from talos_fast.tasks.base import Split, Task
 
-SIZES: dict[Part, int] = {"train": 800, "validation": 200, "test": 300}
+SIZES: dict[Part, int] = {"train": 1000, "validation": 200, "test": 300}
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 # serif, italic and mathematical faces; pre-training saw upright sans-serif ones
@@ -21,11 +21,11 @@ _TASK_FONTS = (
     *("DejaVuSerif-Italic.ttf", "DejaVuSerif-BoldItalic.ttf", "DejaVuSansMono-Oblique.ttf", "STIXGeneral.ttf"),
     *("STIXGeneralBolIta.ttf", "STIXGeneralItalic.ttf", "cmr10.ttf", "cmb10.ttf", "cmti10.ttf", "cmtt10.ttf"),
 )
-_LETTERS = Style(_TASK_FONTS, (0.55, 0.85), tilt=20, outline=0, contrast=(0.5, 1), noise=(10, 35), clutter=3)
-_SHAPES = Style((), (0.5, 0.85), tilt=35, outline=0.7, contrast=(0.45, 0.9), noise=(10, 35), clutter=3)
-_COUNTS = Style((), (0.13, 0.25), tilt=0, outline=0, contrast=(0.5, 1), noise=(8, 30), clutter=0)
+_LETTERS = Style(_TASK_FONTS, (0.6, 0.85), tilt=18, outline=0, contrast=(0.55, 1), noise=(5, 30), clutter=2)
+_SHAPES = Style((), (0.55, 0.85), tilt=35, outline=0.8, contrast=(0.5, 1), noise=(5, 30), clutter=2)
+_COUNTS = Style((), (0.13, 0.25), tilt=0, outline=0, contrast=(0.6, 1), noise=(5, 20), clutter=0)
 _PATTERNS = Style((), (0.15, 0.3), tilt=12, outline=0, contrast=(0.3, 0.8), noise=(10, 35), clutter=2)
-_DIGITS = Style((), (0, 0), tilt=0, outline=0, contrast=(0.7, 1), noise=(5, 25), clutter=0)
+_DIGITS = Style((), (0, 0), tilt=0, outline=0, contrast=(0.8, 1), noise=(5, 20), clutter=0)
 CONTROL_STYLE = Style(
     ("DejaVuSans-Bold.ttf",), (0.3, 0.5), tilt=20, outline=0, contrast=(0.9, 1), noise=(0, 25), clutter=0
 )
@@ -38,7 +38,7 @@ def demo_tasks(seed: int = 0) -> list[Task]:
         seed: of the drawings, the crops and the splits.
 
     Returns:
-        Tasks of 800 training, 200 validation and 300 test images, uint8 of shape (N, 32, 32, 3), with equally
+        Tasks of 1,000 training, 200 validation and 300 test images, uint8 of shape (N, 32, 32, 3), with equally
         frequent classes.
 
     Raises:
@@ -97,13 +97,13 @@ def patterns(seed: int = 0) -> Task:
 
 
 def surfaces(seed: int = 0) -> Task:
-    """Ten real surfaces: grey crops of the photographs in scikit-image and scikit-learn."""
+    """Ten real surfaces: crops of the photographs in scikit-image and scikit-learn."""
     return _task(
         "surfaces",
         concepts.SURFACES,
         ("{}.", "a photo of {}."),
         lambda rng, label, part: painting.add_noise(
-            rng, photos.surface(rng, concepts.SURFACES[label], part, (0.7, 1.0)), (0, 15)
+            rng, photos.surface(rng, concepts.SURFACES[label], part, (0.7, 1.0), grey=False), (0, 10)
         ),
         seed,
     )
