@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -87,16 +88,17 @@ def _plan(default: Plan, changes: Mapping[str, Any], rates: Mapping[str, Sequenc
 
 def _print(result: StudyResult) -> None:
     console = Console()
-    per_task = Table(
-        "task", "zero-shot", *(m.method for m in result.methods), title="single / merged / after negation, %"
-    )
+    plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}
+    methods = [method.method for method in result.methods]
+    per_task = Table("task", "zero-shot", *methods, title="single / added / after negation, %", **plain)
     for row in report.task_rows(result):
         per_task.add_row(*row)
     console.print(per_task)
-    table = Table(*report.COLUMNS, title="means over tasks, test accuracy in %")
+    table = Table(*report.COLUMNS, title="means over tasks, test accuracy in %", **plain)
     for row in report.rows(result):
         table.add_row(*row)
     console.print(table)
+    console.print(report.COLUMNS_MEANING)
     for method in result.methods:
         tried = ", ".join(f"{lr}: {100 * value:.1f}" for lr, value in method.validation_by_lr.items())
         console.print(f"{method.method}: learning rate {method.lr:g}, by validation accuracy ({tried})")
