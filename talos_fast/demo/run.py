@@ -88,7 +88,7 @@ def _plan(default: Plan, changes: Mapping[str, Any], rates: Mapping[str, Sequenc
 
 def _print(result: StudyResult) -> None:
     console = Console()
-    plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}
+    plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     methods = [method.method for method in result.methods]
     per_task = Table("task", "zero-shot", *methods, title="single / added / after negation, %", **plain)
     for row in report.task_rows(result):
