@@ -14,6 +14,7 @@
 namespace talos {
 
 constexpr int64_t kBlock = 1024;
+constexpr int64_t kPart = 128;
 
 enum class Encoding { kRuns, kBits, kOffsets };
 
@@ -38,13 +39,37 @@ struct AdamTensor {
   Encoding encoding;
 };
 
-// The places of the set bits of one block, ascending.
-TALOS_SHARED void decode_bits(const uint8_t* bits, uint16_t* offsets) {
-  for (int64_t begin = 0; begin < kBlock; begin += 64) {
-    uint64_t word = 0;
-    for (int byte = 0; byte < 8; ++byte) word |= static_cast<uint64_t>(bits[begin / 8 + byte]) << (8 * byte);
-    for (; word != 0; word &= word - 1) *offsets++ = static_cast<uint16_t>(begin + __builtin_ctzll(word));
+// The places of the set bits of every byte, and how many there are.
+struct ByteTable {
+  uint16_t places[256][8];
+  uint8_t count[256];
+};
+
+constexpr ByteTable make_byte_table() {
+  ByteTable table{};
+  for (int byte = 0; byte < 256; ++byte) {
+    for (int bit = 0; bit < 8; ++bit) {
+      if (byte >> bit & 1) table.places[byte][table.count[byte]++] = static_cast<uint16_t>(bit);
+    }
   }
+  return table;
+}
+
+inline constexpr ByteTable kBytes = make_byte_table();
+
+// The places of the set bits of one block, ascending: eight are written a byte, and as many kept as it has bits.
+TALOS_SHARED void decode_bits(const uint8_t* bits, uint16_t* offsets) {
+  for (int64_t at = 0; at < kBlock / 8; ++at) {
+    const uint8_t byte = bits[at];
+    for (int lane = 0; lane < 8; ++lane) offsets[lane] = static_cast<uint16_t>(kBytes.places[byte][lane] + 8 * at);
+    offsets += kBytes.count[byte];
+  }
+}
+
+// Asks for `count` elements ahead of their use. A block's streams are too short for the hardware to see them coming.
+template <typename A>
+TALOS_SHARED void prefetch(const A* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(A)) __builtin_prefetch(from + i, 1, 2);
 }
 
 template <typename A>
@@ -74,51 +99,79 @@ TALOS_SHARED void update_entries(A* __restrict p, const A* __restrict m, const A
   }
 }
 
-// `Place` maps an entry of the block to its element.
+// A part of a block, small enough that memory works for the next one while this one computes. `place` maps an entry of
+// the part to its element.
 template <typename T, typename A, typename Place>
-TALOS_SHARED void update_block(const AdamTensor<T, A>& tensor, const Row& row, const AdamScalars<A>& s, Place place) {
-  A p[kBlock], g[kBlock];
-  T* const param = tensor.param + row.base;
-  const T* const grad = tensor.grad + row.base;
-  A *const m = tensor.exp_avg + row.first, *const v = tensor.exp_avg_sq + row.first, *top = v;
-  for (int64_t i = 0; i < row.count; ++i) p[i] = static_cast<A>(param[place(i)]);
-  for (int64_t i = 0; i < row.count; ++i) g[i] = static_cast<A>(grad[place(i)]);
+TALOS_SHARED void update_part(const AdamTensor<T, A>& tensor, int64_t base, int64_t first, int64_t count,
+                              const AdamScalars<A>& s, Place place) {
+  A p[kPart], g[kPart];
+  T* const param = tensor.param + base;
+  const T* const grad = tensor.grad + base;
+  A *const m = tensor.exp_avg + first, *const v = tensor.exp_avg_sq + first, *top = v;
+  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<A>(param[place(i)]);
+  for (int64_t i = 0; i < count; ++i) g[i] = static_cast<A>(grad[place(i)]);
   if (tensor.master != nullptr) {
     // Weights that were loaded or edited since the last step win over the copy that remembers them.
-    const A* const master = tensor.master + row.first;
-    for (int64_t i = 0; i < row.count; ++i) p[i] = static_cast<A>(static_cast<T>(master[i])) == p[i] ? master[i] : p[i];
+    const A* const master = tensor.master + first;
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<A>(static_cast<T>(master[i])) == p[i] ? master[i] : p[i];
   }
-  for (int64_t i = 0; i < row.count; ++i) p[i] *= s.decay;
+  for (int64_t i = 0; i < count; ++i) p[i] *= s.decay;
   if (s.grad_scale != A(1)) {
-    for (int64_t i = 0; i < row.count; ++i) g[i] /= s.grad_scale;
+    for (int64_t i = 0; i < count; ++i) g[i] /= s.grad_scale;
   }
   if (s.maximize) {
-    for (int64_t i = 0; i < row.count; ++i) g[i] = -g[i];
+    for (int64_t i = 0; i < count; ++i) g[i] = -g[i];
   }
-  update_moments(m, v, g, row.count, s);
+  update_moments(m, v, g, count, s);
   if (tensor.max_exp_avg_sq != nullptr) {
-    top = tensor.max_exp_avg_sq + row.first;
-    raise_maximum(top, v, row.count);
+    top = tensor.max_exp_avg_sq + first;
+    raise_maximum(top, v, count);
   }
-  update_entries(p, m, top, row.count, s);
-  if (tensor.master != nullptr) std::memcpy(tensor.master + row.first, p, row.count * sizeof(A));
-  for (int64_t i = 0; i < row.count; ++i) param[place(i)] = static_cast<T>(p[i]);
+  update_entries(p, m, top, count, s);
+  if (tensor.master != nullptr) std::memcpy(tensor.master + first, p, count * sizeof(A));
+  for (int64_t i = 0; i < count; ++i) param[place(i)] = static_cast<T>(p[i]);
+}
+
+// What part `part` of `parts` of the row will need.
+template <typename T, typename A>
+TALOS_SHARED void prefetch_row(const AdamTensor<T, A>& tensor, const Row& row, int64_t part, int64_t parts) {
+  const int64_t begin = row.count * part / parts, count = row.count * (part + 1) / parts - begin;
+  prefetch(tensor.exp_avg + row.first + begin, count);
+  prefetch(tensor.exp_avg_sq + row.first + begin, count);
+  if (tensor.encoding == Encoding::kOffsets) {
+    const uint16_t* const offsets = static_cast<const uint16_t*>(tensor.index) + row.at + begin;
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(tensor.param + row.base + offsets[i], 1, 2);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(tensor.grad + row.base + offsets[i], 0, 2);
+    return;
+  }
+  const int64_t extent = tensor.encoding == Encoding::kRuns ? row.count : kBlock;
+  const int64_t from = extent * part / parts, span = extent * (part + 1) / parts - from;
+  prefetch(tensor.param + row.base + from, span);
+  prefetch(tensor.grad + row.base + from, span);
 }
 
 template <typename T, typename A>
 TALOS_SHARED void update_rows(const AdamTensor<T, A>& tensor, const Row* rows, int64_t count, const AdamScalars<A>& s) {
-  uint16_t decoded[kBlock];
+  uint16_t decoded[kBlock + 8];
   for (int64_t r = 0; r < count; ++r) {
-    if (tensor.encoding == Encoding::kRuns) {
-      update_block(tensor, rows[r], s, [](int64_t i) __attribute__((always_inline)) { return i; });
-      continue;
-    }
-    const uint16_t* offsets = static_cast<const uint16_t*>(tensor.index) + rows[r].at;
+    const Row& row = rows[r];
+    const uint16_t* offsets = static_cast<const uint16_t*>(tensor.index) + row.at;
     if (tensor.encoding == Encoding::kBits) {
-      decode_bits(static_cast<const uint8_t*>(tensor.index) + rows[r].at, decoded);
+      decode_bits(static_cast<const uint8_t*>(tensor.index) + row.at, decoded);
       offsets = decoded;
     }
-    update_block(tensor, rows[r], s, [=](int64_t i) __attribute__((always_inline)) { return int64_t{offsets[i]}; });
+    const int64_t parts = tile_count(row.count, kPart);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = part * kPart, inside = tile_extent(begin, row.count, kPart);
+      if (r + 1 < count) prefetch_row(tensor, rows[r + 1], part, parts);
+      if (tensor.encoding == Encoding::kRuns) {
+        update_part(tensor, row.base + begin, row.first + begin, inside, s,
+                    [](int64_t i) __attribute__((always_inline)) { return i; });
+      } else {
+        update_part(tensor, row.base, row.first + begin, inside, s,
+                    [=](int64_t i) __attribute__((always_inline)) { return int32_t{offsets[begin + i]}; });
+      }
+    }
   }
 }
 
