@@ -86,8 +86,9 @@ def build_arguments():
                 fall_back(f"{extension.name} does not compile ({error})")
 
     abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
-    cxx = [*FLAGS, "-ffp-contract=fast"]
-    modules = [CppExtension("talos_fast._C", ["csrc/ops.cpp"], extra_compile_args=cxx, py_limited_api=abi3)]
+    cxx = [*FLAGS, "-ffp-contract=fast", "-fno-math-errno"]  # the second lets sqrt be a vector instruction
+    sources = ["csrc/ops.cpp", "csrc/masked_adam.cpp"]
+    modules = [CppExtension("talos_fast._C", sources, extra_compile_args=cxx, py_limited_api=abi3)]
     if toolkit:
         compile_args = {"cxx": cxx, "nvcc": [*FLAGS, "-DUSE_CUDA"]}
         cuda = CUDAExtension(

@@ -7,12 +7,11 @@
 // zeros, which makes every load unit-stride and leaves the kernel without edge cases.
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <string_view>
 #include <vector>
 
+#include "isa.h"
 #include "squared.h"
 
 namespace talos {
@@ -183,16 +182,12 @@ __attribute__((target("avx512f"))) void accumulate_avx512(const Problem<T>& prob
 }
 #endif
 
-// The instruction set is chosen when the code runs: a wheel must work on every machine. The variable
-// is torch's own, with torch's own values, so that it caps torch's kernels and ours together.
 template <typename T>
 TileKernel<T> choose_kernel() {
 #if defined(__x86_64__)
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view cap = variable == nullptr ? "" : variable;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cap != "default";
-  if (avx2 && __builtin_cpu_supports("avx512f") && cap != "avx2") return with_panels<12, 64>(accumulate_avx512<T>);
-  if (avx2) return with_panels<6, 32>(accumulate_avx2<T>);
+  const Isa isa = choose_isa();
+  if (isa == Isa::kAvx512) return with_panels<12, 64>(accumulate_avx512<T>);
+  if (isa == Isa::kAvx2) return with_panels<6, 32>(accumulate_avx2<T>);
 #endif
   return with_panels<6, 16>(accumulate_portable<T>);
 }

@@ -1,5 +1,5 @@
-// The operators' schemas, their CPU implementation, and the empty Python module that makes the shared
-// library importable. Only stable headers of torch: see TORCH_STABLE_ONLY in setup.py.
+// The operators' schemas, the CPU implementation of one (masked_adam.cpp has the other's), and the empty Python module
+// that makes the shared library importable. Only stable headers of torch: see TORCH_STABLE_ONLY in setup.py.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -54,6 +54,10 @@ void accumulate_squared_per_sample_cpu(Tensor scores, Tensor inputs, Tensor grad
 
 STABLE_TORCH_LIBRARY(talos_fast, m) {
   m.def("accumulate_squared_per_sample_(Tensor(a!) scores, Tensor inputs, Tensor grad_outputs) -> ()");
+  m.def(
+      "masked_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, Tensor work, Tensor? index, *, float decay, float beta1, "
+      "float beta2, float step_size, float correction, float eps, float grad_scale, bool maximize) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(talos_fast, CPU, m) {

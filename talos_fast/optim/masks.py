@@ -1,4 +1,4 @@
-"""How masks reach an optimizer: by name, by parameter or by position; checked, then turned into flat indices."""
+"""How masks reach an optimizer: by name, by parameter or by position; and whether they fit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.indexing import flat_indices
 
 Masks = Mapping[str, Tensor] | Mapping[Tensor, Tensor] | Sequence[Tensor]
 """Name -> bool tensor, parameter -> bool tensor, or bool tensors in the order of the parameters."""
@@ -48,23 +47,20 @@ def masks_by_parameter(groups: Sequence[Mapping[str, Any]], masks: Masks) -> dic
     return matched
 
 
-def indices_of(label: str, parameter: Tensor, mask: Tensor) -> Tensor:
-    """The flat positions that ``mask`` selects, on the parameter's device.
+def check_mask(label: str, parameter: Tensor, mask: Tensor) -> None:
+    """Refuses a mask that cannot be the parameter's.
 
     Raises:
-        TalosError: the mask is not bool or has another shape.
+        TalosError: the mask is not bool or has another shape, or the parameter is not of a floating-point type.
     """
     if mask.dtype is not torch.bool:
         raise TalosError(f"the mask of {label} is {mask.dtype}, not torch.bool; True means trainable")
     if mask.shape != parameter.shape:
         raise TalosError(f"the mask of {label} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}")
-    if not (parameter.is_floating_point()):
+    if not parameter.is_floating_point():
         raise TalosError(f"{label} is {parameter.dtype}; only floating-point parameters can be masked")
-    return flat_indices(mask).to(parameter.device)
 
 
-def pack(indices: Tensor, numel: int) -> Tensor:
-    """Flat positions as packed bits (uint8, on the CPU), the form in which a checkpoint keeps a mask."""
-    flags = np.zeros(numel, dtype=bool)
-    flags[indices.cpu().numpy()] = True
+def pack(flags: np.ndarray) -> Tensor:
+    """Flat bools as packed bits (uint8, on the CPU), the form in which a checkpoint keeps a mask."""
     return torch.from_numpy(np.packbits(flags, bitorder="little"))

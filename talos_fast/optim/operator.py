@@ -1,0 +1,85 @@
+"""The operator ``talos_fast::masked_adam_``: its shape under torch.compile, and its reference in plain torch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from talos_fast import ops
+from talos_fast.optim.plan import BLOCK
+
+_SCHEMA = (
+    "masked_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, Tensor work, Tensor? index, *, float decay, float beta1, "
+    "float beta2, float step_size, float correction, float eps, float grad_scale, bool maximize) -> ()"
+)
+
+
+def masked_adam_reference(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None,
+    master: Tensor | None, work: Tensor, index: Tensor | None, *, decay: float, beta1: float, beta2: float,
+    step_size: float, correction: float, eps: float, grad_scale: float, maximize: bool,
+) -> None:  # fmt: skip
+    """AdamW on the selected entries of one tensor, in place; every other entry stays unread and unwritten.
+
+    ``p = decay p;  m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g²;  p -= step_size m / (√v/correction + eps)``
+
+    Args:
+        param, grad: contiguous, any shape, of one dtype: float32, float64, bfloat16 or float16.
+        exp_avg, exp_avg_sq, max_exp_avg_sq, master: (entries,) float32, float64 for float64 parameters. With
+            ``max_exp_avg_sq`` the step is AMSGrad's; ``master`` counts where, rounded, it equals the parameter.
+        work, index: those of `talos_fast.optim.plan.Selection`.
+        decay: 1 - lr · weight_decay.
+        beta1, beta2, eps: AdamW's.
+        step_size: lr / (1 - beta1^t).
+        correction: √(1 - beta2^t).
+        grad_scale: what the gradients are divided by.
+        maximize: whether they are negated.
+    """
+    places = _places(work, index)
+    entries = param.view(-1)[places]
+    p, g = entries.to(exp_avg.dtype), grad.view(-1)[places].to(exp_avg.dtype)
+    if master is not None:
+        p = torch.where(master.to(param.dtype) == entries, master, p)
+    p = p * decay
+    g = g / grad_scale * (-1 if maximize else 1)
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    if max_exp_avg_sq is not None:
+        torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    top = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
+    p.addcdiv_(exp_avg, (top.sqrt() / correction).add_(eps), value=-step_size)
+    param.view(-1)[places] = p.to(param.dtype)
+    if master is not None:
+        master.copy_(p)
+
+
+def corrections(t: float, lr: float | Tensor, beta1: float, beta2: float, weight_decay: float) -> dict[str, float]:
+    """The three scalars of step ``t`` that its updates share, in double unless ``lr`` is a tensor (as in torch)."""
+    return {
+        "decay": float(1 - lr * weight_decay),
+        "step_size": float(lr / (1 - beta1**t)),
+        "correction": math.sqrt(1 - beta2**t),
+    }
+
+
+def _places(work: Tensor, index: Tensor | None) -> Tensor:
+    counts = work[:, 3]
+    if index is not None and index.dtype is torch.uint8:
+        bits = index.view(-1, BLOCK // 8, 1) >> torch.arange(8, dtype=torch.uint8, device=index.device) & 1
+        return (work[:, :1] + torch.arange(BLOCK, device=index.device))[bits.view(-1, BLOCK).bool()]
+    if index is None:
+        within = torch.arange(int(counts.sum()), device=work.device)
+        return within + torch.repeat_interleave(work[:, 0] - work[:, 2], counts)
+    return torch.repeat_interleave(work[:, 0], counts) + (index.long() & 0xFFFF)
+
+
+def _fake(param: Tensor, *_args: object, **_kwargs: object) -> None:
+    """Nothing comes out: the operator writes in place."""
+
+
+_library = torch.library.Library("talos_fast", "FRAGMENT")
+if ops.backend("cpu") == "torch":
+    _library.define(_SCHEMA)
+_library.impl("masked_adam_", masked_adam_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("talos_fast::masked_adam_", _fake, lib=_library)
