@@ -5,6 +5,8 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks (minutes, and the machine to itself)")
+    parser.addoption("--models", default="ViT-B-32", help="which models, separated by commas; smoke is a tiny one")
+    parser.addoption("--rounds", type=int, default=10, help="measurements of each contender, interleaved")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ from talos_fast.tasks import Task
 
 # TaLoS moves a tenth of the entries, nearly all of them queries and keys, and so needs the larger steps. Each method
 # chooses from as many rates.
-EMBEDDED = Plan(learning_rates={"nonlinear": (1e-3, 2e-3), "talos": (4e-3, 8e-3)}, steps=100, batch_size=32)
+EMBEDDED = Plan(learning_rates={"nonlinear": (1e-3, 2e-3), "talos": (4e-3, 8e-3)}, steps=60, batch_size=32, limit=100)
 OWN = Plan(learning_rates={"nonlinear": (1e-5, 3e-5), "talos": (1e-4, 3e-4)}, steps=2000, batch_size=128, samples=512)
 HEAT_MAP = tuple(-3.0 + 0.75 * step for step in range(9))
 HEAT_MAP_INPUTS = 64
