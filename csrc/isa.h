@@ -14,7 +14,9 @@ inline Isa choose_isa() {
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view cap = variable == nullptr ? "" : variable;
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cap != "default";
-  if (avx2 && __builtin_cpu_supports("avx512f") && cap != "avx2") return Isa::kAvx512;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512 && cap != "avx2") return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kPortable;

@@ -1,8 +1,6 @@
 // The CPU implementation of masked_adam_: checks, then the blocks of masked_adam.h over all threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <optional>
 
@@ -68,12 +66,15 @@ AdamTensor<T, A> pointers(const Tensor& param, const Tensor& grad, const Tensor&
                           const Optional& max_exp_avg_sq, const Optional& master, const Optional& index) {
   return {static_cast<T*>(param.mutable_data_ptr()),
           static_cast<const T*>(grad.const_data_ptr()),
+          nullptr,
+          nullptr,
           exp_avg.mutable_data_ptr<A>(),
           exp_avg_sq.mutable_data_ptr<A>(),
           max_exp_avg_sq.has_value() ? max_exp_avg_sq->mutable_data_ptr<A>() : nullptr,
           master.has_value() ? master->mutable_data_ptr<A>() : nullptr,
           index.has_value() ? index->const_data_ptr() : nullptr,
-          encoding_of(index)};
+          encoding_of(index),
+          param.numel()};
 }
 
 void masked_adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Optional max_exp_avg_sq,
@@ -107,9 +108,9 @@ void masked_adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_s
   } else if (type == ScalarType::Float) {
     go(float{}, float{});
   } else if (type == ScalarType::BFloat16) {
-    go(torch::headeronly::BFloat16{}, float{});
+    go(BFloat16{}, float{});
   } else {
-    go(torch::headeronly::Half{}, float{});
+    go(Half{}, float{});
   }
 }
 
