@@ -16,14 +16,19 @@
 
 namespace talos {
 
+// One token of one entry. The bfloat16 kernel overloads it for a pair of tokens (see cpu_tile.h).
+template <typename Element, typename Scalar>
+TALOS_SHARED void multiply_add(Element& product, const Scalar& grad, const Element& input) {
+  product += grad * input;
+}
+
 // products[r][c] += grads[r] * inputs[c]: one token of one sample.
-template <int ROWS, int COLS, typename Element, typename Scalar>
-TALOS_SHARED void add_outer_product(Element (&products)[ROWS][COLS], const Scalar* grads,
-                                    const Element (&inputs)[COLS]) {
+template <int ROWS, int COLS, typename Element, typename Scalar, typename Input>
+TALOS_SHARED void add_outer_product(Element (&products)[ROWS][COLS], const Scalar* grads, const Input (&inputs)[COLS]) {
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 16
-    for (int c = 0; c < COLS; ++c) products[r][c] += grads[r] * inputs[c];
+    for (int c = 0; c < COLS; ++c) multiply_add(products[r][c], grads[r], inputs[c]);
   }
 }
 
@@ -37,9 +42,14 @@ TALOS_SHARED void add_squares(Element (&squares)[ROWS][COLS], const Element (&pr
   }
 }
 
-// scores (outs, ins), inputs (samples, tokens, ins), grads (samples, tokens, outs), all row-major.
+// scores (outs, ins), row-major; inputs (samples, tokens, ins) and grads (samples, tokens, outs), of any strides.
 struct Shape {
   int64_t samples, tokens, outs, ins;
+};
+
+// Where entry (sample, token, feature) of an operand lies, in elements from its first one.
+struct Strides {
+  int64_t sample, token, feature;
 };
 
 // How many tiles of `tile` elements cover `extent`, and how much of the tile at `begin` is inside.

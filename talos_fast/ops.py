@@ -14,7 +14,9 @@ from torch import Tensor
 from talos_fast.errors import TalosError
 
 _logger = logging.getLogger("talos_fast")
-_SCHEMA = "accumulate_squared_per_sample_(Tensor(a!) scores, Tensor inputs, Tensor grad_outputs) -> ()"
+_SCHEMA = (
+    "accumulate_squared_per_sample_(Tensor(a!) scores, Tensor inputs, Tensor grad_outputs, Tensor? scale=None) -> ()"
+)
 _INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Entries of one sample's product that exist at a time: 2 MiB of fp32, so it is squared while in cache.
 _BLOCK = 2**19
@@ -82,7 +84,7 @@ def backend(device: torch.device | str) -> str:
     return "cpp" if kind == "cpu" and _no_cpp is None else "torch"
 
 
-def _check(scores: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+def _check(scores: Tensor, inputs: Tensor, grad_outputs: Tensor, scale: Tensor | None = None) -> None:
     """Refuses what csrc/check.h refuses, with the library's own exception."""
     if scores.dim() != 2:
         raise TalosError(f"scores must be (outs, ins), but has shape {tuple(scores.shape)}")
