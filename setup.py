@@ -92,7 +92,10 @@ def build_arguments():
     if toolkit:
         compile_args = {"cxx": cxx, "nvcc": [*FLAGS, "-DUSE_CUDA"]}
         cuda = CUDAExtension(
-            "talos_fast._C_cuda", ["csrc/ops_cuda.cu"], extra_compile_args=compile_args, py_limited_api=abi3
+            "talos_fast._C_cuda",
+            ["csrc/ops_cuda.cu", "csrc/accumulate_cuda.cu"],
+            extra_compile_args=compile_args,
+            py_limited_api=abi3,
         )
         # Static: libcudart.so of one major version would not load beside a torch of another.
         cuda.libraries.remove("cudart")

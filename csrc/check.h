@@ -47,6 +47,12 @@ inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs
   return shape;
 }
 
+// Those of a dimension of one entry are arbitrary, and never used.
+inline Strides strides_of(const Tensor& tensor) {
+  const auto stride = [&](int64_t dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+  return {stride(0), stride(1), tensor.size(2) == 1 ? 1 : tensor.stride(2)};
+}
+
 // Nothing to add: no entry, no sample, or samples without a token.
 inline bool is_empty(const Shape& shape) {
   return shape.samples == 0 || shape.tokens == 0 || shape.outs == 0 || shape.ins == 0;

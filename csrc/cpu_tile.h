@@ -54,9 +54,9 @@ TALOS_SHARED void multiply_add(Register<TokenPair, 64>::Sum& product, const Toke
 // Memory to register tile and back. (A memcpy of the whole array would pin the array in memory.)
 template <int ROWS, typename Vector, typename T>
 TALOS_SHARED void load(Vector (&tile)[ROWS][2], const T* from) {
-#pragma GCC unroll 16
+  TALOS_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
+    TALOS_UNROLL
     for (int c = 0; c < 2; ++c)
       __builtin_memcpy(&tile[r][c], from + (2 * r + c) * sizeof(Vector) / sizeof(T), sizeof(Vector));
   }
@@ -64,9 +64,9 @@ TALOS_SHARED void load(Vector (&tile)[ROWS][2], const T* from) {
 
 template <int ROWS, typename Vector, typename T>
 TALOS_SHARED void store(const Vector (&tile)[ROWS][2], T* to) {
-#pragma GCC unroll 16
+  TALOS_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
+    TALOS_UNROLL
     for (int c = 0; c < 2; ++c)
       __builtin_memcpy(to + (2 * r + c) * sizeof(Vector) / sizeof(T), &tile[r][c], sizeof(Vector));
   }

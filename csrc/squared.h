@@ -7,11 +7,17 @@
 
 #if defined(__CUDACC__)
 #define TALOS_SHARED __host__ __device__ __forceinline__
+#define TALOS_DEVICE __device__ __forceinline__
+#define TALOS_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
 // The caller chooses the instruction set (see cpu_tile.h), so the body must land inside the caller.
 #define TALOS_SHARED inline __attribute__((always_inline))
+#define TALOS_DEVICE inline
+#define TALOS_UNROLL _Pragma("GCC unroll 16")
 #else
 #define TALOS_SHARED inline
+#define TALOS_DEVICE inline
+#define TALOS_UNROLL
 #endif
 
 namespace talos {
@@ -25,9 +31,9 @@ TALOS_SHARED void multiply_add(Element& product, const Scalar& grad, const Eleme
 // products[r][c] += grads[r] * inputs[c]: one token of one sample.
 template <int ROWS, int COLS, typename Element, typename Scalar, typename Input>
 TALOS_SHARED void add_outer_product(Element (&products)[ROWS][COLS], const Scalar* grads, const Input (&inputs)[COLS]) {
-#pragma GCC unroll 16
+  TALOS_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 16
+    TALOS_UNROLL
     for (int c = 0; c < COLS; ++c) multiply_add(products[r][c], grads[r], inputs[c]);
   }
 }
@@ -35,9 +41,9 @@ TALOS_SHARED void add_outer_product(Element (&products)[ROWS][COLS], const Scala
 // squares[r][c] += products[r][c]^2: the end of one sample.
 template <int ROWS, int COLS, typename Element>
 TALOS_SHARED void add_squares(Element (&squares)[ROWS][COLS], const Element (&products)[ROWS][COLS]) {
-#pragma GCC unroll 16
+  TALOS_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 16
+    TALOS_UNROLL
     for (int c = 0; c < COLS; ++c) squares[r][c] += products[r][c] * products[r][c];
   }
 }
