@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+
 #include "squared.h"
 
 namespace talos {
@@ -18,7 +20,8 @@ inline bool is_supported(ScalarType type) {
          type == ScalarType::Half;
 }
 
-inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs, const Tensor& grads) {
+inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs, const Tensor& grads,
+                                      const std::optional<Tensor>& scale) {
   STD_TORCH_CHECK(scores.dim() == 2, "scores must be (outs, ins), but has ", scores.dim(), " dimensions");
   STD_TORCH_CHECK(inputs.dim() == 3, "inputs must be (samples, tokens, ins), but has ", inputs.dim(), " dimensions");
   STD_TORCH_CHECK(grads.dim() == 3, "grad_outputs must be (samples, tokens, outs), but has ", grads.dim(),
@@ -38,7 +41,16 @@ inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs
                   shape.outs, " rows");
   STD_TORCH_CHECK(grads.size(0) == shape.samples && grads.size(1) == shape.tokens, "grad_outputs has ", grads.size(0),
                   " samples of ", grads.size(1), " tokens, but inputs has ", shape.samples, " of ", shape.tokens);
+  STD_TORCH_CHECK(!scale.has_value() || (scale->numel() == 1 && scale->scalar_type() == scores.scalar_type() &&
+                                         scale->device() == scores.device()),
+                  "scale must be one number with the dtype and device of scores");
   return shape;
+}
+
+// Those of a dimension of one entry are arbitrary, and never used.
+inline Strides strides_of(const Tensor& tensor) {
+  const auto stride = [&](int64_t dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+  return {stride(0), stride(1), tensor.size(2) == 1 ? 1 : tensor.stride(2)};
 }
 
 // Nothing to add: no entry, no sample, or samples without a token.
