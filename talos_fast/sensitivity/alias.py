@@ -41,7 +41,7 @@ class Alias:
             return PerSample(torch.func.vmap(pull)(grads.to(self.tensor.dtype))[0])
         assert isinstance(use, Outer) and self.place is not None
         use = use if self.place.is_contiguous() else transposed(use)
-        return replace(use, first=use.first + self.place.storage_offset() - self.parameter.storage_offset())
+        return replace(use, first=use.first + int(self.place.storage_offset()) - int(self.parameter.storage_offset()))
 
     def check_matrix(self) -> None:
         """Raises `UncoveredError` if using this as a matrix is not using entries of the parameter, in order."""

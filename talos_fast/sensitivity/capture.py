@@ -8,7 +8,6 @@ that sees a parameter leaves it uncovered: its scores must come from elsewhere, 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,63 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from talos_fast.sensitivity.alias import Alias, derived
 from talos_fast.sensitivity.axis import Axis, codes, consistent, pattern, row_values
+from talos_fast.sensitivity.calls import Call, Plan, Site, Tap
 from talos_fast.sensitivity.registry import ALIASING, CUTTING, RULES, Make, Split, UncoveredError
 from talos_fast.sensitivity.uses import PerSample, Use
-
-Site = tuple[str, tuple[str, ...], int]
-"""A place in the program: the function, the parameters in it, and how many times they were seen before."""
-
-
-@dataclass
-class Plan:
-    """What is known about a model's uses, from batch to batch.
-
-    Args:
-        uncovered: name -> why its scores cannot come from capture.
-        shared: sites whose rows do not belong to samples, so that they are functions of the parameter alone.
-        axes: (site, pattern of its rows) -> where the samples are; None where no gradient arrives.
-    """
-
-    uncovered: dict[str, str] = field(default_factory=dict)
-    shared: set[Site] = field(default_factory=set)
-    axes: dict[Any, Axis | None] = field(default_factory=dict)
-
-
-@dataclass
-class _Call:
-    """One hooked output."""
-
-    site: Site
-    aliases: list[Alias]
-    makes: list[Make]
-    view: Callable[[Tensor], Tensor]
-    features: int
-    known: Any
-    inputs: list[tuple[Tensor, int]]
-    aliasing: bool
-    reached: bool = False
-    coded: Tensor | None = None
-
-    def release(self) -> None:
-        """Frees what the formulas hold, such as the layer's input."""
-        self.makes, self.inputs, self.coded = [], [], None
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on a tensor without a graph; its backward hands the gradient over and stops."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tensor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
-        if tensor._is_view():
-            return tensor.view_as(tensor)
-        ctx.mark_dirty(tensor)  # an output that is a view could not be modified in place, as by ReLU(inplace=True)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        ctx.receive(gradient)
-        return None, None, None
 
 
 class Capture(TorchFunctionMode):
@@ -101,7 +46,7 @@ class Capture(TorchFunctionMode):
         self._site: Site = ("", (), 0)
         self._aliasing = False
         self._handled: list[int] = []
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._expected: dict[str, int] = {}
         self._uses: dict[str, list[Use]] = {}
         self._codes: Tensor | None = None
@@ -186,7 +131,7 @@ class Capture(TorchFunctionMode):
         with torch.no_grad():
             rows = view(output).shape
         rows = rows[: len(rows) - features]
-        call = _Call(
+        call = Call(
             self._site, [alias for alias, _ in pairs], [make for _, make in pairs], view, features,
             (self._site, len(self._handled), pattern(rows, self.samples)),
             [(tensor, tensor._version) for tensor in inputs], self._aliasing,
@@ -195,7 +140,7 @@ class Capture(TorchFunctionMode):
         for alias in call.aliases:
             self._expected[alias.name] = self._expected.get(alias.name, 0) + 1
         if not output.requires_grad:
-            return _Tap.apply(self._anchor, output, partial(self._receive, call))  # type: ignore[no-any-return,no-untyped-call]
+            return Tap.apply(self._anchor, output, partial(self._receive, call))  # type: ignore[no-any-return]
         output.register_hook(partial(self._receive, call))
         return output
 
@@ -249,7 +194,7 @@ class Capture(TorchFunctionMode):
                 self.plan.axes.setdefault(call.known, None)
         self._codes = None
 
-    def _receive(self, call: _Call, gradient: Tensor) -> None:
+    def _receive(self, call: Call, gradient: Tensor) -> None:
         gradient = call.view(gradient)
         call.reached = True
         if self._coding:
@@ -274,7 +219,7 @@ class Capture(TorchFunctionMode):
         if not self._keeping:
             call.release()
 
-    def _axis(self, call: _Call, gradient: Tensor) -> Axis | None:
+    def _axis(self, call: Call, gradient: Tensor) -> Axis | None:
         """Where the samples are among the rows; None if nowhere."""
         if self.samples == 1:
             return Axis(0, True)

@@ -13,7 +13,8 @@ import talos_fast.sensitivity.rules
 import talos_fast.sensitivity.views  # noqa: F401  (these three fill the registry)
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Batches, Forward, checked_logits, default_forward, device_of, labels_of, to_device
-from talos_fast.sensitivity.capture import Capture, Plan
+from talos_fast.sensitivity.calls import Plan
+from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, probe
 from talos_fast.sensitivity.evaluation import evaluating
 from talos_fast.sensitivity.examine import examine

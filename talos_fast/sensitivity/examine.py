@@ -14,7 +14,8 @@ from torch.utils.checkpoint import CheckpointError
 
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Forward, checked_logits, labels_of, take
-from talos_fast.sensitivity.capture import Capture, Plan
+from talos_fast.sensitivity.calls import Plan
+from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.per_sample import gradients_one_by_one
 from talos_fast.sensitivity.uses import Accumulator, Use, add_squares
 
