@@ -88,11 +88,12 @@ def sensitivities(
         return ledger
 
     ranks = Ranks()
-    scorer.score(batches, lambda _: ledger or fresh(), seed, ranks, labels=labels, bar=_bar(progress, ranks))
+    scorer.score(batches, lambda _: ledger or fresh(), seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
     return {name: accumulator.values for name, accumulator in ranks.summed(ledger or fresh()).items()}
 
 
-def _bar(progress: bool, ranks: Ranks, label: str = "sensitivity") -> Callable[[Batches], Iterable[Batch]]:
+def progress_bar(progress: bool, ranks: Ranks, label: str = "sensitivity") -> Callable[[Batches], Iterable[Batch]]:
+    """Wraps batches in a bar, on the terminal of the first rank."""
     hidden = None if progress and ranks.rank == 0 else True
     return lambda batches: tqdm(batches, label, disable=hidden, leave=False)
 

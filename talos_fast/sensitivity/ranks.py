@@ -36,6 +36,10 @@ class Ranks:
         """The sum of a count over the ranks."""
         return int(self._reduce(torch.tensor(count), dist.ReduceOp.SUM))
 
+    def most(self, count: int) -> int:
+        """The largest of a count over the ranks."""
+        return int(self._reduce(torch.tensor(count), dist.ReduceOp.MAX))
+
     def together(self, run: Callable[[], None]) -> None:
         """Runs on every rank; where it fails or is interrupted on one, the others stop too instead of waiting for it.
 

@@ -93,12 +93,15 @@ class Accumulator:
         shape = like.shape if rows is None else (len(rows), *like.shape[1:])
         return cls(torch.zeros(shape, dtype=dtype, device=device or like.device), like.shape, rows)
 
+    def wanted(self, tensor: Tensor) -> Tensor:
+        """What of a tensor of the parameter's shape is summed here, on the device of the sum."""
+        tensor = tensor.view(self.shape)
+        chosen = tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
+        return chosen.to(self.values.device)
+
     def add(self, squares: Tensor) -> None:
         """Adds a tensor of the parameter's shape."""
-        squares = squares.view(self.shape)
-        if self.rows is not None:
-            squares = squares[self.rows.to(squares.device)]
-        self.values.add_(squares.to(self.values.device))
+        self.values.add_(self.wanted(squares))
 
     def add_outer(self, use: Outer, precision: Precision) -> None:
         """Adds Σ_n (Σ_t grads ⊗ inputs)² with the fused operator, for the wanted rows only."""
