@@ -1,15 +1,12 @@
 """The one trainer: batches through a forward, a loss, accumulation, clipping, a schedule, and an optimizer step."""
 
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -19,6 +16,7 @@ from tqdm.auto import tqdm
 from talos_fast.checkpoint import Checkpoint, Position, Progress, RandomState
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Batches, checked_logits, to_device
+from talos_fast.interrupt import interruptible
 from talos_fast.methods import Setup
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -185,24 +183,3 @@ class Trainer:
         if self._checkpoint:
             progress = Progress(self._position, self._epoch_random, self._step_random)
             self._checkpoint.save(self._setup.trained, self._setup.optimizer, progress)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that the running step completes; a second one interrupts at once."""
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
