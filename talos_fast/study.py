@@ -19,7 +19,8 @@ from talos_fast.evaluate import evaluate
 from talos_fast.finetune import finetune
 from talos_fast.forward import Batches, default_forward, device_of, to_device
 from talos_fast.mask import Mask
-from talos_fast.merge import AlphaSearch, combine, search_alpha
+from talos_fast.merge import AlphaSearch, search_alpha
+from talos_fast.merging import combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Split, Task
