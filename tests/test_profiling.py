@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import talos_fast as talos
 from talos_fast.cli import app
-from talos_fast.profiling.measure import PHASES, Timings, interleave, peak_bytes
+from talos_fast.profiling.measure import PHASES, Timings, interleave
+from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.work import count_work, step_bytes, touched_sectors
 
 CPU = torch.device("cpu")
@@ -118,16 +119,24 @@ class TestMeasure:
             torch.ones(16 * 2**20)
             torch.ones(2**20)
 
-        peak = peak_bytes(run, CPU)
-        if peak is None:
+        memory = Memory(CPU)
+        before, peak = memory.held(), memory.peak(run)
+        if before is None or peak is None:
             pytest.skip("this system does not let a process reset its high-water mark")
-        assert 60 * 2**20 < peak < 90 * 2**20
+        assert 60 * 2**20 < peak - before < 90 * 2**20
+        assert memory.held() < peak - 50 * 2**20
+
+    def test_a_reading_that_is_missing_gives_none(self):
+        assert above(3, 10) == 7
+        assert above(None, 10) is None and above(3, None) is None
 
     @pytest.mark.gpu
     def test_on_a_gpu(self):
         device = torch.device("cuda")
-        torch.ones(1, device=device)
-        assert peak_bytes(lambda: torch.ones(2**20, device=device), device) == 4 * 2**20
+        kept, memory = torch.ones(1, device=device), Memory(device)
+        before = memory.held()
+        assert kept.device.type == "cuda"
+        assert memory.peak(lambda: torch.ones(2**20, device=device)) == before + 4 * 2**20
         timings = interleave({"a": Recorded("a", [])}, device, warmup=0, rounds=2)
         assert len(timings["a"].of()) == 2
         assert min(timings["a"].of()) >= 0

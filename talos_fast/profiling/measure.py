@@ -1,13 +1,10 @@
-"""How iterations are timed, and how their peak memory is read."""
+"""How iterations are timed."""
 
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -63,10 +60,11 @@ class Timings:
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
-def run_once(iteration: Iteration) -> None:
-    """One iteration, not timed."""
-    iteration.prepare()
-    iteration.run(lambda: None)
+def run_twice(iteration: Iteration) -> None:
+    """Two iterations, not timed: the first makes the moments, the second has them from its beginning."""
+    for _ in range(2):
+        iteration.prepare()
+        iteration.run(lambda: None)
 
 
 def interleave(
@@ -107,38 +105,3 @@ def _timed(iteration: Iteration, device: torch.device) -> list[float]:
     iteration.run(mark)
     torch.cuda.synchronize(device)
     return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The highest memory during ``run`` above what was held before it; None where the system does not say.
-
-    On CUDA what torch has allocated; on the CPU the resident set of this process, whose free memory is given back
-    first. The latter also counts what libraries keep for themselves: run it twice in a process, and the second figure
-    is the smaller one.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    start = _reset_resident()
-    run()
-    return None if start is None else max(0, _resident("VmHWM") - start)
-
-
-def _reset_resident() -> int | None:
-    """Resets the kernel's high-water mark of this process; the bytes now resident, or None where that cannot be."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return _resident("VmRSS")
-    except (OSError, AttributeError):  # not Linux, another C library, or a container that forbids it
-        return None
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

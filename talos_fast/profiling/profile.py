@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from talos_fast.mask import Mask
 from talos_fast.methods import get_method
 from talos_fast.methods.base import Request
 from talos_fast.profiling.iteration import FinetuneIteration
-from talos_fast.profiling.measure import interleave, peak_bytes, run_once
+from talos_fast.profiling.measure import interleave, run_twice
+from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.result import BASELINE, Profile, Row
 from talos_fast.profiling.work import count_work, step_bytes
 from talos_fast.train import Amp, Loss, autocasts
@@ -71,19 +73,16 @@ def profile(
         setup = get_method(name)(Request(model, forward or default_forward, masks.get(name), 1e-5, 0.1))
         return FinetuneIteration(setup, model, batch, loss or F.cross_entropy, clip, bf16)
 
-    def build(name: str) -> None:
-        running[name] = start(name)
-        for _ in range(2):  # the first one makes the moments
-            run_once(running[name])
-
     running: dict[str, FinetuneIteration] = {}
-    works, peaks = {}, {}
+    works, peaks, memory = {}, {}, Memory(device)
     with _unchanged(model), restored(parameters):
         model.train()
         flags = {p: p.requires_grad for p in parameters.values()}
         for name in dict.fromkeys((BASELINE, method)):
             works[name] = count_work(start(name).forward_loss, parameters, masks.get(name))
-            peaks[name] = peak_bytes(lambda name=name: build(name), device)  # type: ignore[misc]
+            before = memory.held()
+            running[name] = start(name)
+            peaks[name] = above(before, memory.peak(partial(run_twice, running[name])))
         timings = interleave(running, device, warmup=warmup, rounds=rounds)
         if trace is not None:
             _write_trace(running[method], Path(trace))
