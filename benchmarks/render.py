@@ -76,10 +76,17 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
                 continue
             x, y = found["total"], found["peak"]
             marker = "o" if row["variant"] == "eager" else "s"
-            axis.plot(x.ratio, y.ratio, marker, color=colours[row["method"]], label=f"{row['method']}, {row['variant']}")
+            axis.plot(
+                x.ratio, y.ratio, marker, color=colours[row["method"]], label=f"{row['method']}, {row['variant']}"
+            )
             if row["variant"] == "eager" and x.paper is not None and y.paper is not None:
                 axis.plot(x.paper, y.paper, "o", color=colours[row["method"]], fillstyle="none")
-        axis.set(xlabel="iteration time / full fine-tuning", ylabel="peak memory / full fine-tuning", xlim=(0, None), ylim=(0, None))
+        axis.set(
+            xlabel="iteration time / full fine-tuning",
+            ylabel="peak memory / full fine-tuning",
+            xlim=(0, None),
+            ylim=(0, None),
+        )
         axis.set_title(f"{content['model']}, {content['device_name']}", fontsize=9)
         axis.legend(fontsize=7)
     with atomic(path) as temporary:
@@ -96,7 +103,9 @@ def main() -> None:
         parser.error(f"no measured table_*.json in {folder}; run pytest benchmarks/table.py --benchmark first")
     (folder / "table.md").write_text(markdown(contents))
     plot(contents, folder / "efficiency.png")
-    print(f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables; paper's ratios for {len(paper.COLUMNS)} columns")
+    print(
+        f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables; paper's ratios for {len(paper.COLUMNS)} columns"
+    )
 
 
 if __name__ == "__main__":

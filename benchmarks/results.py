@@ -1,17 +1,18 @@
 """Result files: what they say of the code, and how a run adds to them."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 
 def revision() -> str:
-    """The commit of this checkout, with a + if files differ from it; "unknown" without git."""
+    """The commit of this checkout, with a + if files differ from it; without git $TALOS_REVISION, else "unknown"."""
     try:
         commit, changes = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("TALOS_REVISION", "unknown")
     return commit + ("+" if changes else "")
 
 
