@@ -9,6 +9,7 @@ from talos_fast.finetune import finetune
 from talos_fast.mask import Mask
 from talos_fast.merge import AlphaSearch, merge, search_alpha
 from talos_fast.optim import MaskedAdam
+from talos_fast.profiling import Profile, profile
 from talos_fast.task_vector import TaskVector
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "AlphaSearch",
     "Mask",
     "MaskedAdam",
+    "Profile",
     "TalosError",
     "TaskVector",
     "calibrate",
     "evaluate",
     "finetune",
     "merge",
+    "profile",
     "search_alpha",
 ]

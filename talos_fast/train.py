@@ -60,6 +60,11 @@ class Recipe:
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def autocasts(amp: Amp, parameter: Tensor) -> bool:
+    """Whether a model of such parameters runs under bf16 autocast."""
+    return amp == "bf16" or (amp == "auto" and parameter.is_cuda and parameter.dtype is torch.float32)
+
+
 class Trainer:
     """Runs a `Setup` through a `Recipe`; stops on a step boundary when interrupted, and goes on from a checkpoint."""
 
@@ -76,9 +81,7 @@ class Trainer:
         self._checkpoint = checkpoint
         self._parameters = list(setup.trained.values())
         self._device = self._parameters[0].device
-        bf16 = recipe.amp == "bf16" or (
-            recipe.amp == "auto" and self._device.type == "cuda" and self._parameters[0].dtype is torch.float32
-        )
+        bf16 = autocasts(recipe.amp, self._parameters[0])
         self._autocast: Any = torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext()
         self._random = RandomState(batches, self._device)
         self._position = Position()

@@ -1,4 +1,4 @@
-"""``talos-fast calibrate | finetune | merge | evaluate | inspect | demo``: the functions, same names and defaults."""
+"""``talos-fast calibrate | finetune | merge | evaluate | …``: the functions, with the same names and defaults."""
 
 import shutil
 import sys
@@ -12,12 +12,14 @@ from talos_fast import storage
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
+from talos_fast.cli.profile import app as profile_app
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.train import Amp, Schedule
 
 app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(edit_app)
 app.add_typer(inspect_app)
+app.add_typer(profile_app)
 
 
 def main() -> None:
