@@ -51,7 +51,7 @@ def advance(
         step -= tl.minimum(tl.load(found_inf_ptr), 1.0)
     tl.store(step_ptr, step, live)
 
-    t = step.to(tl.float64)
+    t = tl.maximum(step, 1.0).to(tl.float64)  # 0 if the first step is skipped: its scalars are not read
     ones = tl.full((TENSORS,), 1.0, tl.float64)
     rest1 = 1.0 - tl.exp(t * tl.log(tl.maximum(beta1 * ones, 1e-300)))  # a beta may be 0
     rest2 = 1.0 - tl.exp(t * tl.log(tl.maximum(beta2 * ones, 1e-300)))

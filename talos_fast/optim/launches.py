@@ -17,6 +17,7 @@ from talos_fast.optim.state import MOMENTS, Member, State
 
 Group = Mapping[str, Any]
 Gradients = Sequence[Tensor | None]
+_PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,7 +147,7 @@ def _is_of(gradient: Tensor | None, dtype: torch.dtype) -> bool:
 def _addresses(groups: Sequence[Group], states: Mapping[Tensor, State]) -> list[int]:
     parameters = chain.from_iterable(group["params"] for group in groups)
     in_states = chain.from_iterable(state.values() for state in states.values())
-    return [tensor.data_ptr() for tensor in chain(parameters, in_states)]
+    return [tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor) for tensor in chain(parameters, in_states)]
 
 
 def _is_reached(member: Member, gradient_dtype: torch.dtype, amsgrad: bool) -> bool:
@@ -155,7 +156,7 @@ def _is_reached(member: Member, gradient_dtype: torch.dtype, amsgrad: bool) -> b
     moments = [state.get(name) for name in MOMENTS[: 3 if amsgrad else 2]]
     order = member.order if selection is None else (0,)
     return (
-        type(p) in (Tensor, torch.nn.Parameter)
+        type(p) in _PLAIN
         and launch.reaches(p.device)
         and p.permute(member.order).is_contiguous()
         and {p.dtype, gradient_dtype} <= set(_DTYPES)

@@ -54,7 +54,13 @@ def check_mask(label: str, parameter: Tensor, mask: Tensor) -> None:
 
     Raises:
         TalosError: the mask is not bool or has another shape, or the parameter is not of a floating-point type.
+        NotImplementedError: the parameter is a DTensor.
     """
+    if type(parameter).__name__ == "DTensor":  # importing the class would take longer than this library
+        raise NotImplementedError(
+            f"{label} is a DTensor: masks do not work with FSDP2 (fully_shard) or tensor parallelism yet; "
+            "train it without a mask, or use DistributedDataParallel"
+        )
     if mask.dtype is not torch.bool:
         raise TalosError(f"the mask of {label} is {mask.dtype}, not torch.bool; True means trainable")
     if mask.shape != parameter.shape:
