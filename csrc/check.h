@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "radix.h"
 #include "squared.h"
 
 namespace talos {
@@ -51,6 +52,15 @@ inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs
 inline Strides strides_of(const Tensor& tensor) {
   const auto stride = [&](int64_t dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
   return {stride(0), stride(1), tensor.size(2) == 1 ? 1 : tensor.stride(2)};
+}
+
+inline void check_radix_histogram(const Tensor& counts, const Tensor& scores, int64_t digit) {
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == kCounts,
+                  "counts must be ", kCounts, " contiguous int64");
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.is_contiguous(),
+                  "scores must be contiguous float32");
+  STD_TORCH_CHECK(counts.device() == scores.device(), "counts and scores must be on one device");
+  STD_TORCH_CHECK(digit >= 0 && digit < kDigits, "digit must be 0, 1 or 2, but is ", digit);
 }
 
 // Nothing to add: no entry, no sample, or samples without a token.

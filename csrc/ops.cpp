@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(talos_fast, m) {
   m.def(
       "accumulate_squared_per_sample_(Tensor(a!) scores, Tensor inputs, Tensor grad_outputs, Tensor? scale=None) -> "
       "()");
+  m.def("radix_histogram_(Tensor(a!) counts, Tensor scores, int digit, int prefix) -> ()");
   m.def(
       "masked_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, Tensor work, Tensor? index, *, float decay, float beta1, "

@@ -182,7 +182,7 @@ def _check(scores: Tensor, inputs: Tensor, grad_outputs: Tensor, scale: Tensor |
 _announced: set[str] = set()
 
 
-def _announce(device: torch.device) -> None:
+def announce_fallback(device: torch.device) -> None:
     """Says once for each kind of device that plain torch computes, why, and what to install."""
     if device.type in _announced:
         return
@@ -200,7 +200,7 @@ def _announce(device: torch.device) -> None:
 
 
 def _accumulate_in_torch(scores: Tensor, inputs: Tensor, grad_outputs: Tensor, scale: Tensor | None = None) -> None:
-    _announce(scores.device)
+    announce_fallback(scores.device)
     accumulate_squared_per_sample_reference(scores, inputs, grad_outputs, scale)
 
 
