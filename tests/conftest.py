@@ -68,3 +68,11 @@ def data_dir() -> Path:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(params=["cpu", *([] if HAS_GPU else ["interpreter"]), pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where an optimizer steps: on the CPU, there by the Triton kernels in their interpreter, or on a GPU."""
+    if request.param == "interpreter":
+        monkeypatch.setattr("talos_fast.optim.launch.ON_CPU", True)
+    return request.param

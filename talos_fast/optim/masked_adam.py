@@ -5,16 +5,21 @@ parameter with k selected entries is k entries a moment.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import AdamW
 
 from talos_fast.errors import TalosError
-from talos_fast.optim.masks import Masks, check_mask, masks_by_parameter, pack
+from talos_fast.optim import state_dict as saving
+from talos_fast.optim.launches import Launches
+from talos_fast.optim.masks import Masks, bool_mask, check_mask, masks_by_parameter, pack, unpack
 from talos_fast.optim.plan import Selection, select
-from talos_fast.optim.stepping import MOMENTS, compiles, start, step_compiled, step_reference
+from talos_fast.optim.state import Member, reselected, start
+from talos_fast.optim.stepping import step_others
 
 
 class MaskedAdam(AdamW):
@@ -70,105 +75,182 @@ class MaskedAdam(AdamW):
         if differentiable:
             raise TalosError("MaskedAdam does not support differentiable=True; use torch.optim.AdamW")
         self._selections: dict[Tensor, Selection] = {}
+        self._launches = Launches()
+        self._clip_scale: Tensor | None = None
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             maximize=maximize, foreach=foreach, capturable=capturable, fused=fused,
         )  # fmt: skip
         if masks is not None:
-            self._set_masks(self.param_groups, masks)
+            self._selections |= self._selected(self.param_groups, masks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle carry: torch's part, and which entries are selected."""
-        return {**super().__getstate__(), "_selections": self._selections}
+        """What deepcopy and pickle carry: torch's part, and the masks as bits."""
+        masks = {p: pack(bool_mask(p, selection)) for p, selection in self._selections.items()}
+        return {**super().__getstate__(), "_masks": masks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of deepcopy and pickle, and, without masks, of torch's load_state_dict."""
+        masks = state.pop("_masks", None)
+        if masks is not None:
+            self._selections = {p: select(unpack(bits, p.shape), p) for p, bits in masks.items()}
+        self._launches = Launches() if masks is not None else self._launches
+        self._clip_scale = None
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        parameters = self._parameters()
+        selected = sum(self._selections[p].count if p in self._selections else p.numel() for p in parameters)
+        return f"{super().__repr__()[:-1]}Selected entries: {selected:,} of {sum(p.numel() for p in parameters):,}\n)"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group may carry ``masks`` for its own parameters."""
         masks = param_group.pop("masks", None)
         super().add_param_group(param_group)
         if masks is not None:
-            self._set_masks(self.param_groups[-1:], masks)
+            try:
+                self._selections |= self._selected(self.param_groups[-1:], masks)
+            except TalosError:
+                self.param_groups.pop()
+                raise
 
-    def _set_masks(self, groups: Sequence[Mapping[str, Any]], masks: Masks) -> None:
+    def set_masks(self, masks: Masks) -> None:
+        """Changes what trains, in the middle of a run.
+
+        Entries that stay selected keep their moments. New ones start with moments of zero but with the parameter's
+        count of steps, so they move fast at first, by up to ``(1 - beta1) / sqrt(1 - beta2)`` times lr; parameters
+        that had no selected entry start from nothing.
+
+        Args:
+            masks: as for the constructor; they replace all that were.
+
+        Raises:
+            TalosError: a mask does not fit; nothing changes.
+        """
+        selections = self._selected(self.param_groups, masks)
+        for p in self._parameters():
+            before, after = self._selections.get(p), selections.get(p)
+            if after is not None and after.count == 0:
+                self.state.pop(p, None)
+            elif before is not after and self.state.get(p):
+                self.state[p] = reselected(self.state[p], p, before, after)
+        self._selections = selections
+        self._launches.clear()
+
+    def _selected(self, groups: Sequence[Mapping[str, Any]], masks: Masks) -> dict[Tensor, Selection]:
+        selections = {}
         for parameter, (name, mask) in masks_by_parameter(groups, masks).items():
             check_mask(name, parameter, mask)
-            self._selections[parameter] = select(mask, parameter)
+            selections[parameter] = select(mask, parameter)
+        return selections
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns what ``closure`` returns."""
+        """One update of every parameter that has a gradient; returns what ``closure`` returns.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or a graph is captured without ``capturable``; in torch's words.
+            TalosError: a graph is captured while a parameter has no gradient, or before the first eager step.
+        """
+        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale, found_inf = self._scale(), getattr(self, "found_inf", None)
+        self._launches.check(self.param_groups, self.state)
         for group in self.param_groups:
-            self._step_group(group)
+            self._step_group(group, scale, found_inf)
+        self._launches.settle(self.param_groups, self.state)
+        self._clip_scale = None
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        live = [p for p in group["params"] if p.grad is not None and self._count(p)]
-        for p in live:
-            if p.grad.is_sparse:
+    def _step_group(self, group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None) -> None:
+        parameters = group["params"]
+        gradients = [self._gradient(p) for p in parameters]
+        launches = self._launches.get(group, gradients)
+        if launches is None:
+            self._start(group, gradients)
+            launches = self._launches.build(group, gradients, self._selections, self.state)
+        others: Sequence[int] = range(len(parameters))
+        if launches is not None:
+            launches.run(gradients, scale, found_inf)
+            others = launches.others
+        members, left = [], []
+        for p, gradient in ((parameters[place], gradients[place]) for place in others):
+            if gradient is not None and not self._is_empty(p):
+                members.append(Member(p, self._selections.get(p), self.state[p]))
+                left.append(gradient)
+        if left:
+            step_others(members, left, group, scale, found_inf)
+
+    def _start(self, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> None:
+        """Makes the state of parameters that have their first gradient."""
+        for p, gradient in zip(group["params"], gradients, strict=True):
+            if gradient is None or self._is_empty(p):
+                continue
+            if gradient.is_sparse:
                 raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
             if not self.state[p]:
                 self.state[p] = start(p, self._selections.get(p), group)
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        compiled = [p for p in live if compiles(p, self._selections.get(p), group)]
-        if compiled:
-            scale = 1.0 if grad_scale is None else float(grad_scale)
-            skip = found_inf is not None and bool(found_inf)
-            for p in compiled:
-                step_compiled(p, self._selections[p], self.state[p], group, scale, skip)
-        others = [p for p in live if not compiles(p, self._selections.get(p), group)]
-        states = [self.state[p] for p in others]
-        step_reference(others, self._selections, states, group, grad_scale, found_inf)
 
-    def _count(self, p: Tensor) -> int:
-        return self._selections[p].count if p in self._selections else p.numel()
+    def _is_empty(self, p: Tensor) -> bool:
+        return p in self._selections and self._selections[p].count == 0
+
+    def _gradient(self, p: Tensor) -> Tensor | None:
+        """What ``p`` steps on: of its shape, or, for a masked parameter, compact: (k,), in its memory order."""
+        return p.grad
+
+    def _scale(self) -> Tensor | None:
+        """What gradients are divided by: GradScaler's scale (it is set with ``fused=True``) times that of clipping."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is None or self._clip_scale is None:
+            return self._clip_scale if grad_scale is None else grad_scale
+        return grad_scale * self._clip_scale.to(grad_scale.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with ``mask`` (packed bits, uint8) beside the compact state of each masked parameter."""
-        content = super().state_dict()
-        for number, p in self._numbered().items():
-            if number in content["state"] and p in self._selections:
-                content["state"][number] = {**content["state"][number], "mask": pack(self._selections[p].flags())}
-        return content
+        """As in torch; masked parameters have compact state, their ``mask`` (packed bits, uint8) and ``shape``.
+
+        `talos_fast.optim.to_adamw` makes AdamW's of it.
+        """
+
+        def export(_: Any, content: dict[str, Any]) -> dict[str, Any]:
+            return saving.exported(content, self._parameters(), self._selections)
+
+        with self.register_state_dict_post_hook(export, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but compact state keeps its dtype, and the masks must be those of this optimizer.
 
         Raises:
-            TalosError: the state was saved under another mask; says how many entries differ.
+            TalosError: the state was saved under another mask; says how many entries differ. Nothing is loaded.
         """
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        saved = {number: state_dict["state"].get(number, {}) for number in numbers}
-        for (number, state), p in zip(saved.items(), self._numbered().values(), strict=False):
-            self._check_mask(number, p, state)
-        super().load_state_dict(state_dict)
-        # torch casts every state tensor to its parameter's dtype, which would round fp32 moments to bf16.
-        for state, p in zip(saved.values(), self._numbered().values(), strict=True):
-            if p in self._selections and state:
-                kept = {key: value for key, value in state.items() if key in (*MOMENTS, "master")}
-                self.state[p].pop("mask", None)
-                self.state[p].update({key: value.to(p.device, copy=True) for key, value in kept.items()})
 
-    def _check_mask(self, number: int, p: Tensor, state: Mapping[str, Any]) -> None:
-        mine = pack(self._selections[p].flags()) if p in self._selections else None
-        theirs = state.get("mask")
-        if state and (mine is None) != (theirs is None):
-            raise TalosError(
-                f"parameter {number}: saved {'without' if theirs is None else 'with'} a mask, unlike this one"
-            )
-        if mine is not None and theirs is not None:
-            differing = mine.numel() if mine.shape != theirs.shape else int((mine ^ theirs.cpu()).count_nonzero())
-            if differing:
-                raise TalosError(
-                    f"parameter {number}: the state belongs to another mask ({differing} bytes of bits differ)"
-                )
+        def hold(_: Any, content: dict[str, Any]) -> dict[str, Any]:
+            return saving.held(content, self._parameters(), self._names(), self._selections)
 
-    def _numbered(self) -> dict[int, Tensor]:
-        return dict(enumerate(p for group in self.param_groups for p in group["params"]))
+        def release(_: Any) -> None:
+            saving.release(self.state, self._selections)
+
+        # Registered last, the one hook runs after all of the user's; prepended, the other runs before them.
+        with (
+            self.register_load_state_dict_pre_hook(hold),
+            self.register_load_state_dict_post_hook(release, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+        self._launches.clear()
+
+    def _parameters(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _names(self) -> list[Any]:
+        """What to call the parameters in errors: by name if they have any, else by number."""
+        names = list(chain.from_iterable(group.get("param_names", ()) for group in self.param_groups))
+        return names or list(range(len(self._parameters())))

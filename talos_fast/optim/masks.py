@@ -1,5 +1,6 @@
 """How masks reach an optimizer: by name, by parameter or by position; and whether they fit."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
+from talos_fast.optim.plan import Selection
 
 Masks = Mapping[str, Tensor] | Mapping[Tensor, Tensor] | Sequence[Tensor]
 """Name -> bool tensor, parameter -> bool tensor, or bool tensors in the order of the parameters."""
@@ -52,7 +54,13 @@ def check_mask(label: str, parameter: Tensor, mask: Tensor) -> None:
 
     Raises:
         TalosError: the mask is not bool or has another shape, or the parameter is not of a floating-point type.
+        NotImplementedError: the parameter is a DTensor.
     """
+    if type(parameter).__name__ == "DTensor":  # importing the class would take longer than this library
+        raise NotImplementedError(
+            f"{label} is a DTensor: masks do not work with FSDP2 (fully_shard) or tensor parallelism yet; "
+            "train it without a mask, or use DistributedDataParallel"
+        )
     if mask.dtype is not torch.bool:
         raise TalosError(f"the mask of {label} is {mask.dtype}, not torch.bool; True means trainable")
     if mask.shape != parameter.shape:
@@ -61,6 +69,24 @@ def check_mask(label: str, parameter: Tensor, mask: Tensor) -> None:
         raise TalosError(f"{label} is {parameter.dtype}; only floating-point parameters can be masked")
 
 
-def pack(flags: np.ndarray) -> Tensor:
-    """Flat bools as packed bits (uint8, on the CPU), the form in which a checkpoint keeps a mask."""
-    return torch.from_numpy(np.packbits(flags, bitorder="little"))
+def bool_mask(p: Tensor, selection: Selection) -> Tensor:
+    """The mask of a parameter: bool, of its shape, on the CPU."""
+    flags = torch.from_numpy(selection.flags())
+    return in_c_order(flags, p.shape, selection.order)
+
+
+def in_c_order(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """A tensor of ``shape`` from its elements in memory order, the dimensions in ``order``."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([shape[d] for d in order]).permute(inverse)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Bools as bits, in C order: uint8, on the CPU, the form in which a checkpoint keeps a mask."""
+    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(), bitorder="little"))
+
+
+def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool mask of that shape, on the CPU."""
+    flags = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(flags.astype(bool)).view(tuple(shape))

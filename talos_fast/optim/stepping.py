@@ -1,7 +1,7 @@
-"""How one group steps: by the compiled operator, or by torch's own AdamW.
+"""How parameters step that no Triton kernel steps: by the compiled operator, or by torch's own AdamW.
 
-Masked parameters go to the operator where it reaches; elsewhere their selected entries are gathered, stepped by torch's
-AdamW and scattered back. Parameters without a mask are always torch's.
+Masked parameters on the CPU go to the operator where it reaches; elsewhere their selected entries are gathered, stepped
+by torch's AdamW and scattered back. Parameters without a mask are torch's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,97 +14,109 @@ from torch.optim.adamw import adamw
 from talos_fast import ops
 from talos_fast.indexing import gather, scatter_
 from talos_fast.optim.operator import corrections
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.state import Member, state_dtype
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-State = dict[str, Tensor]
+Group = Mapping[str, Any]
 
 
-def start(p: Tensor, selection: Selection | None, group: Mapping[str, Any]) -> State:
-    """The state of a parameter before its first step: compact where it has a mask, AdamW's own where not."""
-    on_device = group["capturable"] or group["fused"]
-    state = {"step": torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")}
-    like = p
-    if selection is not None:
-        like = torch.zeros(selection.count, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-        if like.dtype != p.dtype:
-            # Any value will do: where it does not round to the parameter, the parameter counts.
-            state["master"] = torch.zeros_like(like)
-    for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
-        state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-    return state
+def step_others(
+    members: Sequence[Member], gradients: Sequence[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """One step of the members, of one group.
+
+    Args:
+        members: the parameters, each with its state.
+        gradients: theirs, of the parameter's shape or compact, (k,).
+        group: the hyperparameters.
+        scale: 0-d, what the gradients are divided by.
+        found_inf: 0-d; if it is not 0, nothing changes.
+    """
+    pairs = list(zip(members, gradients, strict=True))
+    compiled = [(member, gradient) for member, gradient in pairs if _compiles(member, gradient, group)]
+    others = [(member, gradient) for member, gradient in pairs if not _compiles(member, gradient, group)]
+    if compiled and not (found_inf is not None and bool(found_inf)):
+        divisor = 1.0 if scale is None else float(scale)
+        for member, gradient in compiled:
+            _step_compiled(member, gradient, group, divisor)
+    if others:
+        step_reference([m for m, _ in others], [gradient for _, gradient in others], group, scale, found_inf)
 
 
-def compiles(p: Tensor, selection: Selection | None, group: Mapping[str, Any]) -> bool:
-    """Whether the compiled operator steps this parameter."""
-    assert p.grad is not None
+def _compiles(member: Member, gradient: Tensor, group: Group) -> bool:
+    """Whether the compiled operator steps the member."""
+    p, selection, _ = member
     return (
         selection is not None
         and ops.backend(p.device) == "cpp"
         and not (group["fused"] is False or group["foreach"] or group["capturable"])
         and p.dtype in _COMPILED_DTYPES
-        and p.grad.dtype == p.dtype
+        and gradient.dtype == p.dtype
+        and gradient.shape == p.shape
         and p.permute(selection.order).is_contiguous()
     )
 
 
-def step_compiled(
-    p: Tensor, selection: Selection, state: State, group: Mapping[str, Any], grad_scale: float, skip: bool
-) -> None:
-    """One step of one parameter by ``talos_fast::masked_adam_``; none if the scaler found an infinity."""
-    assert p.grad is not None
-    if skip:
-        return
+def _step_compiled(member: Member, gradient: Tensor, group: Group, divisor: float) -> None:
+    """One step of one parameter by ``talos_fast::masked_adam_``."""
+    p, selection, state = member
+    assert selection is not None
     state["step"] += 1
     beta1, beta2 = map(float, group["betas"])
     torch.ops.talos_fast.masked_adam_(
-        p.permute(selection.order), p.grad.permute(selection.order).contiguous(),
+        p.permute(selection.order), gradient.permute(selection.order).contiguous(),
         state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
         state.get("master"), selection.work, selection.index,
-        beta1=beta1, beta2=beta2, eps=group["eps"], grad_scale=grad_scale, maximize=group["maximize"],
+        beta1=beta1, beta2=beta2, eps=group["eps"], grad_scale=divisor, maximize=group["maximize"],
         **corrections(state["step"].item(), group["lr"], beta1, beta2, group["weight_decay"]),
     )  # fmt: skip
 
 
 def step_reference(
-    parameters: Sequence[Tensor], selections: Mapping[Tensor, Selection], states: Sequence[State],
-    group: Mapping[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None,
-) -> None:  # fmt: skip
-    """One step of the parameters by torch's own AdamW, on the gathered entries of those that have a mask."""
-    pairs = [(p, selections.get(p)) for p in parameters]
-    compact = [_compact(p, selection, state) for (p, selection), state in zip(pairs, states, strict=True)]
+    members: Sequence[Member], gradients: Sequence[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """One step by torch's own AdamW, on the gathered entries of those members that have a mask."""
+    fused = bool(group["fused"])
+    if not fused and found_inf is not None and bool(found_inf):
+        return
+    entries = [_entries(member) for member in members]
+    compact = [_compact_gradient(member, gradient) for member, gradient in zip(members, gradients, strict=True)]
+    if not fused and scale is not None:
+        compact = [gradient / scale.to(gradient.device) for gradient in compact]
+    states = [member.state for member in members]
     beta1, beta2 = group["betas"]
     adamw(
-        compact, [_gradient(p, selection) for p, selection in pairs],
-        [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
+        entries, compact, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
         [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [], [s["step"] for s in states],
         foreach=group["foreach"], capturable=group["capturable"], fused=group["fused"],
-        grad_scale=grad_scale, found_inf=found_inf,
-        has_complex=any(p.is_complex() for p in parameters), amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2,
+        grad_scale=scale if fused else None, found_inf=found_inf if fused else None,
+        has_complex=any(p.is_complex() for p in entries), amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2,
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
     )  # fmt: skip
-    for (p, selection), entries, state in zip(pairs, compact, states, strict=True):
+    for (p, selection, state), stepped in zip(members, entries, strict=True):
         if selection is not None:
             if "master" in state:
-                state["master"].copy_(entries)
-            scatter_(p.permute(selection.order), selection.positions, entries.to(p.dtype))
+                state["master"].copy_(stepped)
+            scatter_(p.permute(selection.order), selection.positions, stepped.to(p.dtype))
 
 
-def _gradient(p: Tensor, selection: Selection | None) -> Tensor:
-    assert p.grad is not None
-    if selection is None:
-        return p.grad
-    return gather(p.grad.permute(selection.order), selection.positions).to(torch.promote_types(p.dtype, torch.float32))
-
-
-def _compact(p: Tensor, selection: Selection | None, state: State) -> Tensor:
-    """What AdamW steps in place of ``p``: its selected entries, or ``p`` itself where there is no mask."""
+def _entries(member: Member) -> Tensor:
+    """What AdamW steps in place of the parameter: its selected entries, or itself where there is no mask."""
+    p, selection, state = member
     if selection is None:
         return p
     entries = gather(p.permute(selection.order), selection.positions)
     if "master" not in state:
-        return entries.to(torch.promote_types(p.dtype, torch.float32))
+        return entries.to(state_dtype(p))
     # Weights that were loaded or edited since the last step win over the copy that remembers them.
     return torch.where(state["master"].to(p.dtype) == entries, state["master"], entries.float())
+
+
+def _compact_gradient(member: Member, gradient: Tensor) -> Tensor:
+    p, selection, _ = member
+    if selection is None:
+        return gradient
+    if gradient.shape == p.shape:
+        gradient = gather(gradient.permute(selection.order), selection.positions)
+    return gradient.to(state_dtype(p))
