@@ -127,6 +127,30 @@ TALOS_SHARED void update_scattered(const AdamTensor<T, A>& tensor, int64_t base,
   for (int64_t i = 0; i < count; ++i) tensor.param[base + offsets[i]] = p[i];
 }
 
+template <typename T, typename A>
+TALOS_SHARED void prefetch_scattered(const AdamTensor<T, A>& tensor, int64_t base, const uint16_t* offsets,
+                                     int64_t count) {
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(tensor.param + base + offsets[i], 1, 2);
+  if (tensor.grad != nullptr) {
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(tensor.grad + base + offsets[i], 0, 2);
+  }
+}
+
+// A row of offsets, while memory works on the part after this one, which may be the first of the next row.
+template <typename Isa, typename T, typename A>
+TALOS_SHARED void update_offsets(const AdamTensor<T, A>& tensor, const Row& row, const Row& next,
+                                 const AdamScalars<A>& s) {
+  const uint16_t* const index = static_cast<const uint16_t*>(tensor.index);
+  for (int64_t begin = 0; begin < row.count; begin += kPart) {
+    const bool last = begin + kPart >= row.count;
+    const Row& ahead = last ? next : row;
+    const int64_t from = last ? 0 : begin + kPart;
+    prefetch_scattered(tensor, ahead.base, index + ahead.at + from, tile_extent(from, ahead.count, kPart));
+    update_scattered<Isa>(tensor, row.base, index + row.at + begin, row.first + begin,
+                          tile_extent(begin, row.count, kPart), s);
+  }
+}
+
 // A tile of bits, decoded to offsets.
 template <typename Isa, typename T, typename A>
 TALOS_SHARED void update_decoded(const AdamTensor<T, A>& tensor, const Row& row, const AdamScalars<A>& s) {
@@ -170,8 +194,7 @@ TALOS_SHARED void update_rows(const AdamTensor<T, A>& tensor, const Row* rows, i
       const T* const g = tensor.grad == nullptr ? nullptr : tensor.grad + row.base;
       update_entries<Isa>(entries(tensor, row.first, tensor.param + row.base, g), row.count, s);
     } else if (tensor.encoding == Encoding::kOffsets) {
-      const uint16_t* const offsets = static_cast<const uint16_t*>(tensor.index) + row.at;
-      update_scattered<Isa>(tensor, row.base, offsets, row.first, row.count, s);
+      update_offsets<Isa>(tensor, row, rows[r + 1 < count ? r + 1 : r], s);
     } else {
       update_bits<Isa>(tensor, row, s);
     }

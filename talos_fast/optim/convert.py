@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.optim.masks import Masks, check_mask, masks_by_parameter, pack, unpack
-from talos_fast.optim.state import MOMENTS
+from talos_fast.optim.state import MOMENTS, State
 
 StateDict = dict[str, Any]
 
@@ -41,17 +41,18 @@ def from_adamw(state_dict: StateDict, masks: Masks) -> StateDict:
     return {**state_dict, "state": state}
 
 
-def _dense(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+def _dense(saved: State) -> State:
     shape = tuple(saved["shape"].tolist())
-    mask = unpack(saved["mask"], shape)
-    content = {key: value for key, value in saved.items() if key not in (*MOMENTS, "master", "mask", "shape")}
+    content = {"step": saved["step"].clone()}
     for key in MOMENTS:
         if key in saved:
-            content[key] = torch.zeros(shape, dtype=saved[key].dtype, device=saved[key].device)
-            content[key][mask.to(saved[key].device)] = saved[key]
+            mask = unpack(saved["mask"], shape).to(saved[key].device)
+            content[key] = torch.zeros(shape, dtype=saved[key].dtype, device=mask.device)
+            content[key][mask] = saved[key]
     return content
 
 
-def _compact(saved: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    content = {key: value[mask.to(value.device)] if key in MOMENTS else value for key, value in saved.items()}
-    return {**content, "mask": pack(mask), "shape": torch.tensor(mask.shape, dtype=torch.int64)}
+def _compact(saved: State, mask: Tensor) -> State:
+    moments = {key: saved[key][mask.to(saved[key].device)] for key in MOMENTS if key in saved}
+    shape = torch.tensor(mask.shape, dtype=torch.int64)
+    return {"step": saved["step"].clone(), **moments, "mask": pack(mask), "shape": shape}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from talos_fast import ops
+from talos_fast.errors import TalosError
 from talos_fast.optim.plan import BLOCK
 
 _SCHEMA = (
@@ -25,7 +26,9 @@ def masked_adam_reference(
     ``p = decay p;  m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g²;  p -= step_size m / (√v/correction + eps)``
 
     Args:
-        param, grad: contiguous, any shape, of one dtype: float32, float64, bfloat16 or float16.
+        param: contiguous, any shape: float32, float64, bfloat16 or float16.
+        grad: contiguous; as many elements as ``param``, of its dtype; or *compact*: one an entry, in memory order, of
+            the dtype of ``param`` or of ``exp_avg``.
         exp_avg, exp_avg_sq, max_exp_avg_sq, master: (entries,) float32, float64 for float64 parameters. With
             ``max_exp_avg_sq`` the step is AMSGrad's; ``master`` counts where, rounded, it equals the parameter.
         work, index: those of `talos_fast.optim.plan.Selection`.
@@ -35,10 +38,15 @@ def masked_adam_reference(
         correction: √(1 - beta2^t).
         grad_scale: what the gradients are divided by.
         maximize: whether they are negated.
+
+    Raises:
+        TalosError: ``grad`` fits neither ``param`` nor the entries. The C++ operator raises a RuntimeError for this,
+            and for anything else that would let it leave its arguments' memory.
     """
     places = _places(work, index)
     entries = param.view(-1)[places]
-    p, g = entries.to(exp_avg.dtype), grad.view(-1)[places].to(exp_avg.dtype)
+    g = grad.view(-1) if _is_compact(grad, param, exp_avg) else grad.view(-1)[places]
+    p, g = entries.to(exp_avg.dtype), g.to(exp_avg.dtype)
     if master is not None:
         p = torch.where(master.to(param.dtype) == entries, master, p)
     p = p * decay
@@ -52,6 +60,25 @@ def masked_adam_reference(
     param.view(-1)[places] = p.to(param.dtype)
     if master is not None:
         master.copy_(p)
+
+
+def _is_compact(grad: Tensor, param: Tensor, exp_avg: Tensor) -> bool:
+    """Whether ``grad`` has the selected entries only."""
+    if grad.numel() == param.numel() and grad.dtype == param.dtype:
+        return False
+    if grad.numel() not in (param.numel(), exp_avg.numel()):
+        raise TalosError(
+            f"grad has {grad.numel()} entries: neither the {param.numel()} of param nor the {exp_avg.numel()} that are "
+            "selected"
+        )
+    if grad.numel() != exp_avg.numel():
+        raise TalosError(f"grad must have the dtype of param, {param.dtype}, but is {grad.dtype}")
+    if grad.dtype not in (param.dtype, exp_avg.dtype):
+        raise TalosError(
+            f"grad of the selected entries must have the dtype of param or of exp_avg, {param.dtype} or "
+            f"{exp_avg.dtype}, but is {grad.dtype}"
+        )
+    return True
 
 
 def corrections(t: float, lr: float | Tensor, beta1: float, beta2: float, weight_decay: float) -> dict[str, float]:

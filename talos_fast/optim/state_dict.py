@@ -48,8 +48,9 @@ def _exported(state: State, p: Tensor, selection: Selection) -> State:
     compact = {
         key: value if key == "step" or order is None else value[order.to(value.device)] for key, value in state.items()
     }
-    shape = torch.tensor(p.shape, dtype=torch.int64)
-    return {**compact, "mask": pack(bool_mask(p, selection)), "shape": shape}
+    # On one device with the moments, as distributed checkpoints demand.
+    shape = torch.tensor(p.shape, dtype=torch.int64, device=p.device)
+    return {**compact, "mask": pack(bool_mask(p, selection)).to(p.device), "shape": shape}
 
 
 def held(content: StateDict, parameters: Sequence[Tensor], names: Sequence[Any], selections: Selections) -> StateDict:
@@ -101,7 +102,10 @@ def _check_mask(name: Any, p: Tensor, selection: Selection | None, saved: Mappin
     if selection is None:
         return
     if "mask" not in saved:
-        raise TalosError(f"parameter {name}: saved without a mask, unlike this one; use from_adamw()")
+        raise TalosError(
+            f"parameter {name}: saved without a mask, unlike this one; use from_adamw() (a flattened distributed "
+            "checkpoint loses masks: register to_adamw() and from_adamw() as hooks of state_dict and load_state_dict)"
+        )
     if tuple(saved["shape"].tolist()) != tuple(p.shape):
         raise TalosError(
             f"parameter {name}: saved with shape {tuple(saved['shape'].tolist())}, this is {tuple(p.shape)}"

@@ -5,6 +5,8 @@ by torch's AdamW and scattered back. Parameters without a mask are torch's.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -34,10 +36,11 @@ def step_others(
         found_inf: 0-d; if it is not 0, nothing changes.
     """
     pairs = list(zip(members, gradients, strict=True))
-    compiled = [(member, gradient) for member, gradient in pairs if _compiles(member, gradient, group)]
-    others = [(member, gradient) for member, gradient in pairs if not _compiles(member, gradient, group)]
+    reached = [_compiles(member, gradient, group) for member, gradient in pairs]
+    compiled, others = list(compress(pairs, reached)), list(compress(pairs, map(not_, reached)))
     if compiled and not (found_inf is not None and bool(found_inf)):
         divisor = 1.0 if scale is None else float(scale)
+        torch._foreach_add_([member.state["step"] for member, _ in compiled], 1)
         for member, gradient in compiled:
             _step_compiled(member, gradient, group, divisor)
     if others:
@@ -49,12 +52,11 @@ def _compiles(member: Member, gradient: Tensor, group: Group) -> bool:
     p, selection, _ = member
     return (
         selection is not None
-        and ops.backend(p.device) == "cpp"
         and not (group["fused"] is False or group["foreach"] or group["capturable"])
         and p.dtype in _COMPILED_DTYPES
-        and gradient.dtype == p.dtype
-        and gradient.shape == p.shape
-        and p.permute(selection.order).is_contiguous()
+        and (gradient.dtype == p.dtype or (gradient.shape != p.shape and gradient.dtype == state_dtype(p)))
+        and ops.backend(p.device) == "cpp"
+        and (p.is_contiguous() or p.permute(selection.order).is_contiguous())
     )
 
 
@@ -62,10 +64,13 @@ def _step_compiled(member: Member, gradient: Tensor, group: Group, divisor: floa
     """One step of one parameter by ``talos_fast::masked_adam_``."""
     p, selection, state = member
     assert selection is not None
-    state["step"] += 1
     beta1, beta2 = map(float, group["betas"])
+    # Views cost as much as the rest of the host's work, and most parameters lie in C order anyway.
+    if not p.is_contiguous():
+        gradient = gradient.permute(selection.order) if gradient.shape == p.shape else gradient
+        p = p.permute(selection.order)
     torch.ops.talos_fast.masked_adam_(
-        p.permute(selection.order), gradient.permute(selection.order).contiguous(),
+        p, gradient.contiguous(),
         state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
         state.get("master"), selection.work, selection.index,
         beta1=beta1, beta2=beta2, eps=group["eps"], grad_scale=divisor, maximize=group["maximize"],
