@@ -9,15 +9,15 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
 from talos_fast.errors import TalosError
+from talos_fast.optim.gradients import MaskedGradients
 from talos_fast.optim.masks import Masks, check_mask, masks_by_parameter, pack
-from talos_fast.optim.plan import Selection, select
+from talos_fast.optim.plan import select
 from talos_fast.optim.stepping import MOMENTS, compiles, start, step_compiled, step_reference
 
 
-class MaskedAdam(AdamW):
+class MaskedAdam(MaskedGradients):
     """AdamW that moves, decays and keeps state for the selected entries only.
 
     Positional order, defaults and error texts are AdamW's; without ``masks`` it is AdamW.
@@ -69,7 +69,7 @@ class MaskedAdam(AdamW):
     ) -> None:
         if differentiable:
             raise TalosError("MaskedAdam does not support differentiable=True; use torch.optim.AdamW")
-        self._selections: dict[Tensor, Selection] = {}
+        self._selections = {}
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             maximize=maximize, foreach=foreach, capturable=capturable, fused=fused,
@@ -92,6 +92,7 @@ class MaskedAdam(AdamW):
         for parameter, (name, mask) in masks_by_parameter(groups, masks).items():
             check_mask(name, parameter, mask)
             self._selections[parameter] = select(mask, parameter)
+        self._rows = None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -107,6 +108,7 @@ class MaskedAdam(AdamW):
                 loss = closure()
         for group in self.param_groups:
             self._step_group(group)
+        self._clip_scale = None
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -117,15 +119,20 @@ class MaskedAdam(AdamW):
             if not self.state[p]:
                 self.state[p] = start(p, self._selections.get(p), group)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        clip_scale = self._clip_scale
         compiled = [p for p in live if compiles(p, self._selections.get(p), group)]
         if compiled:
             scale = 1.0 if grad_scale is None else float(grad_scale)
+            scale *= 1.0 if clip_scale is None else clip_scale.item()
             skip = found_inf is not None and bool(found_inf)
             for p in compiled:
                 step_compiled(p, self._selections[p], self.state[p], group, scale, skip)
         others = [p for p in live if not compiles(p, self._selections.get(p), group)]
         states = [self.state[p] for p in others]
-        step_reference(others, self._selections, states, group, grad_scale, found_inf)
+        gradients = [g for p in others if (g := self._gradient(p)) is not None]
+        if clip_scale is not None:
+            gradients = [g / clip_scale.to(g.device, g.dtype) for g in gradients]
+        step_reference(others, gradients, self._selections, states, group, grad_scale, found_inf)
 
     def _count(self, p: Tensor) -> int:
         return self._selections[p].count if p in self._selections else p.numel()

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from talos_fast import ops
 from talos_fast.indexing import gather, scatter_
+from talos_fast.optim.compact_gradient import CompactGradient
 from talos_fast.optim.operator import corrections
 from talos_fast.optim.plan import Selection
 
@@ -46,6 +47,7 @@ def compiles(p: Tensor, selection: Selection | None, group: Mapping[str, Any]) -
         and not (group["fused"] is False or group["foreach"] or group["capturable"])
         and p.dtype in _COMPILED_DTYPES
         and p.grad.dtype == p.dtype
+        and not isinstance(p.grad, CompactGradient)
         and p.permute(selection.order).is_contiguous()
     )
 
@@ -69,15 +71,15 @@ def step_compiled(
 
 
 def step_reference(
-    parameters: Sequence[Tensor], selections: Mapping[Tensor, Selection], states: Sequence[State],
-    group: Mapping[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None,
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], selections: Mapping[Tensor, Selection],
+    states: Sequence[State], group: Mapping[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
     """One step of the parameters by torch's own AdamW, on the gathered entries of those that have a mask."""
     pairs = [(p, selections.get(p)) for p in parameters]
     compact = [_compact(p, selection, state) for (p, selection), state in zip(pairs, states, strict=True)]
     beta1, beta2 = group["betas"]
     adamw(
-        compact, [_gradient(p, selection) for p, selection in pairs],
+        compact, [_gradient(p, grad, selection) for (p, selection), grad in zip(pairs, gradients, strict=True)],
         [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
         [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [], [s["step"] for s in states],
         foreach=group["foreach"], capturable=group["capturable"], fused=group["fused"],
@@ -92,11 +94,11 @@ def step_reference(
             scatter_(p.permute(selection.order), selection.positions, entries.to(p.dtype))
 
 
-def _gradient(p: Tensor, selection: Selection | None) -> Tensor:
-    assert p.grad is not None
-    if selection is None:
-        return p.grad
-    return gather(p.grad.permute(selection.order), selection.positions).to(torch.promote_types(p.dtype, torch.float32))
+def _gradient(p: Tensor, grad: Tensor, selection: Selection | None) -> Tensor:
+    """The gradient of what AdamW steps; ``grad`` may be compact already."""
+    if selection is None or grad.shape != p.shape:
+        return grad
+    return gather(grad.permute(selection.order), selection.positions).to(torch.promote_types(p.dtype, torch.float32))
 
 
 def _compact(p: Tensor, selection: Selection | None, state: State) -> Tensor:
