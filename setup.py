@@ -87,7 +87,7 @@ def build_arguments():
 
     abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
     cxx = [*FLAGS, "-ffp-contract=fast", "-fno-math-errno"]  # the second lets sqrt be a vector instruction
-    sources = ["csrc/ops.cpp", "csrc/accumulate.cpp", "csrc/radix.cpp", "csrc/masked_adam.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/accumulate.cpp", "csrc/radix.cpp", "csrc/masked_adam.cpp", "csrc/compact.cpp"]
     modules = [CppExtension("talos_fast._C", sources, extra_compile_args=cxx, py_limited_api=abi3)]
     if toolkit:
         compile_args = {"cxx": cxx, "nvcc": [*FLAGS, "-DUSE_CUDA"]}

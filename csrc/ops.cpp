@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(talos_fast, m) {
       "masked_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, Tensor work, Tensor? index, *, float decay, float beta1, "
       "float beta2, float step_size, float correction, float eps, float grad_scale, bool maximize) -> ()");
+  m.def("compact_gradient_(Tensor(a!) compact, Tensor grad, Tensor work, Tensor? index, *, bool accumulate) -> ()");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
