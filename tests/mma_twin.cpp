@@ -1,9 +1,8 @@
 // The tensor-core kernel of csrc/mma_tile.h on the emulated GPU, for ctypes: see test_mma_twin.py.
-#include <algorithm>
+#include <cstring>
 
-#include "mma_tile.h"
-// The emulator names the kernel's kinds of operands.
 #include "emulated_gpu.h"
+#include "mma_tile.h"
 
 using namespace talos;
 
