@@ -58,7 +58,7 @@ def test_every_kind_of_use_and_the_fallback(samples, caplog):
 
 
 @settings(max_examples=25, deadline=None)
-@given(samples=st.integers(1, 5), tokens=st.integers(1, 5), width=st.integers(1, 6), classes=st.integers(2, 4))
+@given(samples=st.integers(1, 5), tokens=st.integers(0, 5), width=st.integers(1, 6), classes=st.integers(2, 4))
 def test_shapes(samples, tokens, width, classes):
     class Tokens(nn.Module):
         def __init__(self):
