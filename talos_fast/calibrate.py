@@ -109,7 +109,8 @@ def calibrate(
         "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
         "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
     }  # fmt: skip
-    file = RoundFile(checkpoint_dir, {**recipe, "stability": stability, "base": digest(base)}, resume)
+    identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
+    file = RoundFile(checkpoint_dir, identity, resume)
     state = file.load(parameters, ranks) or Survivors.all(parameters, stability)
     with restored(parameters if rounds > 1 and damage != 1.0 else {}), interruptible() as interrupted:
         _damage(parameters, {name: ~kept for name, kept in state.kept.items()}, damage)

@@ -100,12 +100,12 @@ class RoundFile:
         for key, tensor in file.items():
             part, name = key.split(":", 1)
             masks.setdefault(part, {})[name] = tensor
-        theirs = {"parameters": list(masks.get("0", {})), **file.info.get("identity", {})}
-        for key, mine in {"parameters": list(parameters), **self._identity}.items():
+        theirs = {**file.info.get("identity", {}), "parameters": sorted(masks.get("0", {}))}
+        for key, mine in {**self._identity, "parameters": sorted(parameters)}.items():
             if theirs.get(key) != mine:
                 raise TalosError(
                     f"{self.path}: a calibration with {key}={theirs.get(key)!r}, this one has {key}={mine!r}; use "
                     "another checkpoint_dir, or resume=False to start over"
                 )
-        placed = [{name: mask.to(parameters[name].device) for name, mask in part.items()} for part in masks.values()]
+        placed = [{name: part[name].to(p.device) for name, p in parameters.items()} for part in masks.values()]
         return Survivors(placed, **file.info["progress"])
