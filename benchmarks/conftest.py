@@ -19,9 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--models", help="which models, separated by commas")
     parser.addoption("--methods", help="table: which methods beside nonlinear, separated by commas; default: all")
     parser.addoption("--variants", help="table: paper, eager, compiled; separated by commas")
-    parser.addoption("--batch", type=int, help="table: inputs a batch; default: the preset's (gpu: the paper's)")
+    parser.addoption("--batch", type=int, help="inputs a batch; default: the paper's on a GPU, a small one on a CPU")
     parser.addoption("--amp", choices=("auto", "bf16", "off"), default="auto", help="bf16 autocast; auto: on a GPU")
     parser.addoption("--rounds", type=int, help="measurements of each contender, interleaved")
+    groups = "ours,peers,released,memory"
+    parser.addoption("--groups", default=groups, help=f"calibration: which comparisons, of {groups}")
+    parser.addoption("--only", default="", help="calibration: the ways whose name holds this, beside the plain one")
     parser.addoption("--results", type=Path, default=RESULTS, help="folder of the JSON files")
 
 

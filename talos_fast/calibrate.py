@@ -56,9 +56,9 @@ def calibrate(
     and gives the very mask of a run that was not interrupted. Where torch.distributed is initialized every rank brings
     its own batches, dealt as `torch.utils.data.DistributedSampler` deals them, and all get the same mask.
 
-    Memory beside the model and its activations: 4 bytes an entry for the scores, 1 for the mask, and a copy of the
-    maskable parameters on the CPU (none if ``rounds`` or ``damage`` is 1). The stability costs as much again as the
-    scores of the last round, which are far fewer than those of the first unless it is the first.
+    Memory beside the model and its activations, per maskable entry: 4 bytes of scores (8 with ``stability``, which
+    sums the even and the odd batches apart), 1 byte of mask (3), and a copy of the parameters on the CPU (none if
+    ``rounds`` or ``damage`` is 1). ``scores_device="cpu"`` takes the scores off a GPU.
 
     Args:
         model: the pre-trained model; `talos_fast.sensitivity.maskable_parameters` chooses its maskable parameters.
@@ -73,7 +73,7 @@ def calibrate(
         include, exclude: shell patterns of parameter names.
         precision: "full" or "bf16", of the products of inputs and gradients; see `sensitivities`.
         scores_device: where the scores are kept; default: with their parameters.
-        stability: report how far the masks of the even and of the odd batches agree.
+        stability: report how far masks made from the even and from the odd batches agree.
         checkpoint_dir: where complete rounds are kept.
         resume: take up a round that is there.
         seed: of the probes.
@@ -81,8 +81,9 @@ def calibrate(
 
     Returns:
         The mask. ``mask.info`` says how it was made: ``seconds``, ``samples`` (a round, over all ranks), and
-        ``stability``: the Jaccard index, in the last round, of what either half of the data would have selected; None
-        for a single batch. More samples raise it.
+        ``stability``: the Jaccard index of the masks that the even and the odd batches would give, each half followed
+        through all rounds by its own scores on the jointly damaged model; None for a single batch. The mask itself,
+        made from twice the data, is more stable than that; more samples raise both.
 
     Raises:
         TalosError: density or rounds out of range, nothing maskable, no batch, NaN or infinite logits, a checkpoint of
@@ -108,70 +109,69 @@ def calibrate(
         "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
         "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
     }  # fmt: skip
-    file = RoundFile(checkpoint_dir, {**recipe, "base": digest(base), "ranks": ranks.world}, resume)
-    state = file.load(parameters) or Survivors.all(parameters)
+    identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
+    file = RoundFile(checkpoint_dir, identity, resume)
+    state = file.load(parameters, ranks) or Survivors.all(parameters, stability)
     with restored(parameters if rounds > 1 and damage != 1.0 else {}), interruptible() as interrupted:
         _damage(parameters, {name: ~kept for name, kept in state.kept.items()}, damage)
         while state.round < rounds:
             number = state.round + 1
             count = max(1, int(fraction ** (number / rounds) * total))
-            halves = _Halves(scorer, state.kept, scores_device, apart=stability and number == rounds)
+            scores = _RoundScores(scorer, state, scores_device)
             bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
-            samples = scorer.score(batches, halves.of, seed + number, ranks, bar=bar, stop=interrupted)
-            kept, agreement = halves.select(count, ranks)
+            samples = scorer.score(batches, scores.of, seed + number, ranks, bar=bar, stop=interrupted)
+            chosen = scores.lowest(count, ranks)
             logger.info("round %d of %d: %d of %d entries kept", number, rounds, count, total)
             if number < rounds:
-                _damage(parameters, {name: state.kept[name] & ~kept[name] for name in kept}, damage)
+                _damage(parameters, {name: old & ~chosen[0][name] for name, old in state.kept.items()}, damage)
             spent = state.seconds + time.perf_counter() - start
-            state, start = Survivors(kept, number, spent, samples, agreement), time.perf_counter()
+            state, start = Survivors(chosen, number, spent, samples), time.perf_counter()
             if ranks.rank == 0:
                 file.save(state)
     report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
     return Mask(state.kept, base=base, info=recipe | report)
 
 
-class _Halves:
-    """The scores of one round, of the even and the odd batches apart if their masks are to be compared."""
+class _RoundScores:
+    """The scores of one round, those of even and of odd batches apart if their masks are followed too."""
 
-    def __init__(
-        self, scorer: Scorer, kept: Mapping[str, Tensor], device: torch.device | str | None, apart: bool
-    ) -> None:
-        self._scorer, self._kept, self._device = scorer, kept, device
+    def __init__(self, scorer: Scorer, state: Survivors, device: torch.device | str | None) -> None:
+        self._scorer, self._state, self._device = scorer, state, device
+        self._alive = state.alive()
         self._ledgers: list[Ledger] = []
-        self._number = 2 if apart else 1
 
     def of(self, index: int) -> Ledger:
         """Where the squares of a batch go."""
-        index %= self._number
+        index %= max(1, len(self._state.masks) - 1)
         while len(self._ledgers) <= index:
-            self._ledgers.append(self._scorer.ledger(None, self._device, self._kept))
+            self._ledgers.append(self._scorer.ledger(None, self._device, self._alive))
         return self._ledgers[index]
 
-    def select(self, count: int, ranks: Ranks) -> tuple[dict[str, Tensor], float | None]:
-        """The ``count`` lowest of what was kept, and the Jaccard index of both halves' choices."""
+    def lowest(self, count: int, ranks: Ranks) -> list[dict[str, Tensor]]:
+        """The next masks: each the ``count`` lowest entries of the last, by all scores, and by those of either half."""
         # A rank with less data than others has the same tensors to sum.
         for index in range(ranks.most(len(self._ledgers))):
             ranks.summed(self.of(index))
-        for ledger in self._ledgers:
-            for name, accumulator in ledger.items():
-                accumulator.values.masked_fill_(~accumulator.wanted(self._kept[name]), float("inf"))
-        agreement = None
-        if len(self._ledgers) == 2:
-            both = [_lowest(ledger, count) for ledger in self._ledgers]
-            common = sum(int((mine & both[1][name]).sum()) for name, mine in both[0].items())
-            agreement = round(common / (2 * count - common), 4)
-            for name, accumulator in self._ledgers[0].items():
-                accumulator.values.add_(self._ledgers[1][name].values)
-        chosen = _lowest(self._ledgers[0], count)
-        kept = {name: torch.zeros_like(old) for name, old in self._kept.items()}
-        for name, accumulator in self._ledgers[0].items():
-            rows = slice(None) if accumulator.rows is None else accumulator.rows.to(kept[name].device)
-            kept[name][rows] = chosen[name].to(kept[name].device)
-        return kept, agreement
+        followed = self._state.masks[1:] if len(self._ledgers) == 2 else []
+        halves = [_lowest(ledger, last, count) for ledger, last in zip(self._ledgers, followed, strict=False)]
+        whole = self._ledgers[0]
+        for ledger in self._ledgers[1:]:
+            for name, accumulator in whole.items():
+                accumulator.values.add_(ledger[name].values)
+        return [_lowest(whole, self._state.kept, count), *halves]
 
 
-def _lowest(ledger: Ledger, count: int) -> dict[str, Tensor]:
-    return select_extreme({name: accumulator.values for name, accumulator in ledger.items()}, count)
+def _lowest(ledger: Ledger, kept: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Which entries of ``kept`` have the ``count`` lowest scores."""
+    places = {name: accumulator.wanted(kept[name]) for name, accumulator in ledger.items()}
+    scores = {name: ledger[name].values if bool(place.all()) else ledger[name].values[place]
+              for name, place in places.items()}  # fmt: skip
+    chosen = {name: torch.zeros_like(mask) for name, mask in kept.items()}
+    for name, selected in select_extreme(scores, count).items():
+        rows, device = ledger[name].rows, kept[name].device
+        inside = torch.zeros_like(places[name]).masked_scatter_(places[name], selected)
+        chosen[name][slice(None) if rows is None else rows.to(device)] = inside.to(device)
+    return chosen
 
 
 @contextmanager

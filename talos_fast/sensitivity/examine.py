@@ -19,7 +19,7 @@ from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.per_sample import gradients_one_by_one
 from talos_fast.sensitivity.uses import Accumulator, Use, add_squares
 
-SAMPLES = 3
+SAMPLES = 2
 ATTEMPTS = 8  # forwards, each of which may find more uses that are not one row a sample
 
 
