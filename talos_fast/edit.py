@@ -63,7 +63,7 @@ class Edit:
 
 
 @contextmanager
-def edited(target: Target, deltas: Mapping[str, SparseDelta], coefficient: float = 1.0) -> Iterator[Target]:
+def moved(target: Target, deltas: Mapping[str, SparseDelta], coefficient: float = 1.0) -> Iterator[Target]:
     """The target at base + coefficient * delta inside the block, and its very bits again after it."""
     edit = Edit(target, deltas)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from talos_fast.edit import Edit, edited
+from talos_fast.edit import Edit, moved
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import Accuracy
 from talos_fast.fingerprint import require_base
@@ -166,7 +166,7 @@ def search_alpha(
 
 
 def _alone(base: nn.Module, vector: TaskVector, judge: Evaluate) -> float:
-    with edited(base, vector.deltas):
+    with moved(base, vector.deltas):
         return float(judge(base))
 
 
