@@ -1,6 +1,6 @@
 """Weight disentanglement error of two tasks: does adding one task vector change what the other one predicts?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
-from talos_fast.stack import common_base
+from talos_fast.linear import Linearized
+from talos_fast.sparse_vector import common
 from talos_fast.task_vector import TaskVector
 
 Predict = Callable[[nn.Module], Tensor]
@@ -18,20 +19,54 @@ GRID = tuple(round(-3.0 + 0.3 * step, 1) for step in range(21))
 """The paper's square, [-3, 3]²."""
 
 
+class _Plane:
+    """A model at α1 τ1 + α2 τ2: edited in place, or expanded if the vectors are of a linearized model."""
+
+    def __init__(self, base: nn.Module, vectors: tuple[TaskVector, TaskVector]) -> None:
+        self.model = base
+        self._edit = Edit(base, *(vector.deltas for vector in vectors))  # checks names and shapes
+        self._linearized = vectors[0].linearized
+        self._coefficients = (0.0, 0.0)
+        if self._linearized:
+            self._directions = [vector.to_dense() for vector in vectors]
+            self._parameters = dict(base.named_parameters())
+            self.model = Linearized(base, self._tangents)
+
+    def move(self, first: float, second: float) -> nn.Module:
+        self._coefficients = (first, second)
+        if not self._linearized:
+            self._edit.move(first, second)
+        return self.model
+
+    def revert(self) -> None:
+        if not self._linearized:
+            self._edit.revert()
+
+    def _tangents(self) -> Mapping[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for coefficient, direction in zip(self._coefficients, self._directions, strict=True):
+            for name, delta in direction.items():
+                step = coefficient * delta.to(self._parameters[name])
+                total[name] = total[name] + step if name in total else step
+        return total
+
+
 def disentanglement_error(
-    base: nn.Module,
+    base: nn.Module | tuple[nn.Module, nn.Module],
     vectors: tuple[TaskVector, TaskVector],
     predict: tuple[Predict, Predict],
     alphas: Sequence[float] = GRID,
 ) -> Tensor:
     """ξ(α1, α2) = Σ_t E_{x in D_t}[pred(x; θ0 + α_t τ_t) ≠ pred(x; θ0 + α1 τ1 + α2 τ2)] (Ortiz-Jimenez et al. 2023).
 
-    Only the entries that the two vectors hold are written between grid points.
+    Only the entries that the two vectors hold are written between grid points; vectors of linearized fine-tuning are
+    evaluated as directions of the expansion, and nothing is written.
 
     Args:
-        base: the pre-trained model; edited meanwhile and left bit-identical.
+        base: the pre-trained model, edited meanwhile and left bit-identical; or one a task, with its head, around a
+            shared encoder.
         vectors: τ1, τ2.
-        predict: of task 1 and of task 2; called A + A² times each.
+        predict: of task 1 and of task 2; called A + A² times each, with the task's model.
         alphas: the grid, used for both.
 
     Returns:
@@ -42,22 +77,20 @@ def disentanglement_error(
     """
     if not alphas:
         raise TalosError("the grid of alphas is empty")
-    require_base(common_base(vectors), base, "the task vectors")
-    edit = Edit(base, *(vector.deltas for vector in vectors))
-
-    def predicted(first: float, second: float, judges: Sequence[Predict]) -> list[Tensor]:
-        edit.move(first, second)
-        return [judge(base) for judge in judges]
-
+    models = base if isinstance(base, tuple) else (base, base)
+    for model in models:
+        require_base(common(vectors)[0], model, "the task vectors")
+    planes = [_Plane(model, vectors) for model in models]
     errors = torch.zeros(len(alphas), len(alphas))
     try:
-        alone = [predicted(alpha, 0.0, predict[:1])[0] for alpha in alphas]
-        alone_second = [predicted(0.0, alpha, predict[1:])[0] for alpha in alphas]
-        for i, first in enumerate(alphas):
-            for j, second in enumerate(alphas):
-                together = predicted(first, second, predict)
-                pairs = zip(together, (alone[i], alone_second[j]), strict=True)
-                errors[i, j] = sum(float((both != one).float().mean()) for both, one in pairs)
+        for task, (plane, judge) in enumerate(zip(planes, predict, strict=True)):
+            points = [(alpha, 0.0) if task == 0 else (0.0, alpha) for alpha in alphas]
+            alone = [judge(plane.move(*point)) for point in points]
+            for i, first in enumerate(alphas):
+                for j, second in enumerate(alphas):
+                    together = judge(plane.move(first, second))
+                    errors[i, j] += (together != alone[j if task else i]).float().mean().cpu()
     finally:
-        edit.revert()
+        for plane in planes:
+            plane.revert()
     return errors

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.stack import common_base, stacks
+from talos_fast.sparse_vector import common
+from talos_fast.stack import stacks
 from talos_fast.task_vector import TaskVector
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -89,7 +90,7 @@ def interference(
         names = [str(vector.info.get("task", number)) for number, vector in enumerate(chosen)]
     if len(names) != len(chosen):
         raise TalosError(f"{len(names)} names for {len(chosen)} task vectors; give one a vector")
-    common_base(chosen)
+    common(chosen)
     count = len(chosen)
     dot, both, agreement, inside = (torch.zeros(count, count, dtype=torch.float64) for _ in range(4))
     for _, stack in stacks(chosen):

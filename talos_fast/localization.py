@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from talos_fast.edit import Edit, moved
+from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
 from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, to_device
-from talos_fast.linear import differentiable_forward
+from talos_fast.linear import differentiable_forward, moved
 from talos_fast.merge import Evaluate
-from talos_fast.stack import common_base
+from talos_fast.sparse_vector import common
 from talos_fast.task_vector import TaskVector
 
 
@@ -32,11 +32,11 @@ def accuracy_matrix(
     Raises:
         TalosError: vectors of another base.
     """
-    require_base(common_base(vectors), base, "the task vectors")
+    require_base(common(vectors)[0], base, "the task vectors")
     matrix = torch.zeros(len(vectors), len(evaluate), dtype=torch.float64)
     for row, vector in zip(matrix, vectors, strict=True):
-        with moved(base, vector.deltas, alpha):
-            row.copy_(torch.tensor([float(judge(base)) for judge in evaluate]))
+        with moved(base, vector, alpha) as model:
+            row.copy_(torch.tensor([float(judge(model)) for judge in evaluate], dtype=torch.float64))
     return matrix
 
 
@@ -58,7 +58,7 @@ def activation_matrix(
     """
     matrix = torch.zeros(len(vectors), len(tasks), dtype=torch.float64)
     for column, (model, batches) in enumerate(tasks):
-        require_base(common_base(vectors), model, "the task vectors")
+        require_base(common(vectors)[0], model, "the task vectors")
         for vector in vectors:
             Edit(model, vector.deltas)  # checks names and shapes, and writes nothing
         seen = 0

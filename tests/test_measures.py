@@ -10,8 +10,8 @@ from torch import nn
 import talos_fast as talos
 from talos_fast import Mask, TalosError, TaskVector, models, plots
 from talos_fast.disentanglement import GRID, disentanglement_error
-from talos_fast.edit import moved
 from talos_fast.forward import default_forward
+from talos_fast.linear import moved
 from talos_fast.localization import accuracy_matrix, activation_matrix, directional_derivative
 
 NAMES = ("a", "b", "c")
@@ -118,7 +118,7 @@ def test_the_derivative_along_a_vector_is_the_difference_quotient(kind, tmp_path
     step, tolerance = (1e-2, 5e-3) if kind == "t5" else (1e-4, 1e-5)
     ends = []
     for sign in (1, -1):
-        with moved(model, vector.deltas, sign * step), torch.no_grad():
+        with moved(model, vector, sign * step), torch.no_grad():
             ends.append(default_forward(model, batch))
     assert slopes.abs().max() > 100 * tolerance
     torch.testing.assert_close(slopes, (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=tolerance)
@@ -220,3 +220,24 @@ def test_pictures_refuse(tmp_path):
     with pytest.raises(TalosError, match="no mask to draw"):
         plots.plot_mask_overlap({}, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_vectors_of_a_linearized_model_are_measured_as_directions():
+    """A model that is linear in its parameters is its own expansion, so both kinds of vector say the same."""
+    torch.manual_seed(0)
+    base = nn.Linear(6, 3)
+    plain = [wiggled(base, seed, density=0.8) * 30 for seed in (1, 2)]
+    lines = [TaskVector.from_deltas(v.deltas, base=v.base, info={"linearized": True}) for v in plain]
+    inputs = [torch.randn(50, 6), torch.randn(50, 6)]
+    judges = tuple(lambda model, x=x: model(x).argmax(-1).detach() for x in inputs)
+    grid = (-2.0, 0.0, 0.5, 2.0)
+    start = base.weight.detach().clone()
+    errors = disentanglement_error(base, tuple(plain), judges, grid)
+    assert errors.max() > 0 and torch.equal(errors, disentanglement_error((base, base), tuple(lines), judges, grid))
+    agree = [lambda model, judge=judge: float((judge(model) == 0).float().mean()) for judge in judges]
+    torch.testing.assert_close(accuracy_matrix(base, plain, agree), accuracy_matrix(base, lines, agree))
+    assert torch.equal(base.weight, start)
+    assert talos.merging.ties(lines).linearized and talos.merging.dare_linear(lines).linearized
+    for mixed in (lambda v: talos.interference(v), lambda v: talos.merging.consensus(v), lambda v: v[0] + v[1]):
+        with pytest.raises(TalosError, match="of a linearized model and the other is not"):
+            mixed([plain[0], lines[1]])
