@@ -10,8 +10,10 @@ seed 0, and kept for the other seeds.
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -114,7 +116,7 @@ def run(out: Path, cells: Sequence[tuple[str, int]], methods: Sequence[str] = ME
         setting = SETTINGS[name]
         plan = replace(setting.plan, seed=seed)
         if seed:
-            chosen = {method: (_rate(out, name, method),) for method in methods}
+            chosen = {method: (_rate(out, name, method),) for method in METHODS}
             plan = replace(plan, learning_rates=chosen, extend=0)
         backbone, control = setting.load(), setting.control()
         study = Study(
@@ -138,8 +140,6 @@ def run(out: Path, cells: Sequence[tuple[str, int]], methods: Sequence[str] = ME
 
 
 def _rate(out: Path, name: str, method: str) -> float:
-    import json
-
     return float(json.loads((out / name / "seed0" / method / "rate.json").read_text())["lr"])
 
 
@@ -150,6 +150,106 @@ def mean(values: dict[str, float]) -> float:
 def _line(row: dict) -> str:
     parts = {key: mean(row[key]) for key in ("single", "added", "normalized", "target", "control")}
     return f"lr {row['lr']:g} " + " ".join(f"{key} {100 * value:.1f}" for key, value in parts.items())
+
+
+def results(name: str) -> dict[str, list[dict]]:
+    """Method -> what was measured, one entry a seed; methods without a result are left out."""
+    found = {m: [json.loads(p.read_text()) for p in sorted((RESULTS / name).glob(f"{m}_seed*.json"))] for m in METHODS}
+    return {method: rows for method, rows in found.items() if rows}
+
+
+MEANING = """Test accuracy in %, mean over tasks (± standard deviation over seeds). *single*: each task with its own
+vector. *added*, *norm.*, *of best*: all vectors added with one α, absolute, over the method's own *single*, and over
+the best *single* of any method. *target*, *control*: one vector subtracted, accuracy on its task (lower is better)
+and on the control task, kept at 95 % of its start on validation data. *kB*: a vector (for l-lora its factors B).
+*s/task*: calibration and training at the chosen rate on a machine shared with other work: no speed measurement.
+Learning rates and α were chosen on validation data.
+"""
+COLUMNS = ("method", "lr", "single", "added", "norm.", "of best", "α", "target", "control", "kB", "s/task", "seeds")
+
+
+def measures(rows: list[dict], best: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Mean over tasks, then mean and standard deviation over seeds (0 for one seed), in percent.
+
+    Args:
+        rows: of one method.
+        best: task -> the highest single-task accuracy of any method.
+    """
+    by_seed = {
+        "single": [mean(row["single"]) for row in rows],
+        "added": [mean(row["added"]) for row in rows],
+        "norm.": [mean(row["normalized"]) for row in rows],
+        "of best": [mean({task: value / best[task] for task, value in row["added"].items()}) for row in rows],
+        "target": [mean(row["target"]) for row in rows],
+        "control": [mean(row["control"]) for row in rows],
+    }
+    return {
+        key: (100 * statistics.mean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0)
+        for key, values in by_seed.items()
+    }
+
+
+def best_single(found: dict[str, list[dict]]) -> dict[str, float]:
+    means = [
+        {task: statistics.mean(row["single"][task] for row in rows) for task in rows[0]["single"]}
+        for rows in found.values()
+    ]
+    return {task: max(values[task] for values in means) for task in means[0]}
+
+
+def table(name: str) -> str:
+    found = results(name)
+    best, first = best_single(found), next(iter(found.values()))[0]
+    plan, zero, control = first["plan"], 100 * mean(first["zero_shot"]), 100 * first["zero_shot_control"]
+    lines = [
+        f"**{name}**: {first['model'].split('/')[-1]}, {len(first['zero_shot'])} tasks, {plan['steps']} steps of "
+        f"{plan['batch_size']}; control {first['control_task']}",
+        "", "| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
+        f"| zero-shot |  | {zero:.1f} | {zero:.1f} |  |  |  | {zero:.1f} | {control:.1f} |  |  |  |",
+    ]  # fmt: skip
+    for method in METHODS:
+        if method not in found:
+            lines.append(f"| {method} | not measured |" + "  |" * (len(COLUMNS) - 2))
+            continue
+        rows = found[method]
+        cells = {
+            key: f"{value:.1f} ± {sd:.1f}" if len(rows) > 1 else f"{value:.1f}"
+            for key, (value, sd) in measures(rows, best).items()
+        }
+        alphas = sorted({row["addition"]["alpha"] for row in rows})
+        seconds = statistics.mean(row["seconds"] / len(row["single"]) for row in rows)
+        kilobytes = statistics.mean(mean(row["vector_bytes"]) for row in rows) / 1e3
+        lines.append(
+            f"| {method} | {rows[0]['lr']:g} | {cells['single']} | {cells['added']} | {cells['norm.']} | "
+            f"{cells['of best']} | {', '.join(f'{alpha:g}' for alpha in alphas)} | {cells['target']} | "
+            f"{cells['control']} | {kilobytes:.0f} | {seconds:.0f} | {len(rows)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(names: Sequence[str], path: Path) -> None:
+    """Single-task against merged accuracy, and what negation leaves, for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(names), figsize=(4.2 * len(names), 7), squeeze=False, layout="constrained")
+    for column, name in enumerate(names):
+        found = results(name)
+        best, zero = best_single(found), 100 * mean(next(iter(found.values()))[0]["zero_shot"])
+        for number, (method, rows) in enumerate(found.items()):
+            values = measures(rows, best)
+            (x, dx), (y, dy), (target, dt) = (values[key] for key in ("single", "added", "target"))
+            axes[0, column].errorbar(x, y, dy, dx, fmt="o", color=f"C{number}", label=method, capsize=2)
+            axes[1, column].bar(method, target, yerr=dt or None, color=f"C{number}", capsize=2)
+        axes[0, column].axhline(zero, color="grey", ls=":", lw=1, label="zero-shot")
+        axes[1, column].axhline(zero, color="grey", ls=":", lw=1)
+        axes[0, column].set(title=name, xlabel="single task, %", ylabel="all added, %")
+        axes[1, column].set(ylabel="target after negation, % (lower is better)")
+        axes[1, column].tick_params(axis="x", rotation=30)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -166,6 +266,11 @@ def main() -> None:
         cells = [(name, seed) for name, seed in ORDER if name in arguments.settings and seed in arguments.seeds]
         run(arguments.out, cells, arguments.methods)
         return
+    measured = [name for name in arguments.settings if results(name)]
+    text = "\n".join(table(name) for name in measured) + "\n" + MEANING
+    print(text)
+    (RESULTS / "table.md").write_text(text, encoding="utf-8")
+    plot(measured, RESULTS / "arithmetic.png")
 
 
 if __name__ == "__main__":
