@@ -6,6 +6,7 @@ from talos_fast.calibrate import calibrate
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import Accuracy, evaluate
 from talos_fast.finetune import finetune
+from talos_fast.interference import Interference, interference
 from talos_fast.mask import Mask
 from talos_fast.merge import AlphaSearch, merge, search_alpha
 from talos_fast.optim import MaskedAdam
@@ -15,6 +16,7 @@ from talos_fast.task_vector import TaskVector
 __all__ = [
     "Accuracy",
     "AlphaSearch",
+    "Interference",
     "Mask",
     "MaskedAdam",
     "Profile",
@@ -23,6 +25,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "finetune",
+    "interference",
     "merge",
     "profile",
     "search_alpha",

@@ -1,7 +1,6 @@
 """`Edit`: a model held at base + Σ coefficient * delta, able to move along and to go back, bit for bit."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,17 +59,6 @@ class Edit:
         """Restores the very bits that were there."""
         for touched in self._touched:
             scatter_(touched.tensor, touched.indices, touched.original)
-
-
-@contextmanager
-def edited(target: Target, deltas: Mapping[str, SparseDelta], coefficient: float = 1.0) -> Iterator[Target]:
-    """The target at base + coefficient * delta inside the block, and its very bits again after it."""
-    edit = Edit(target, deltas)
-    try:
-        edit.move(coefficient)
-        yield target
-    finally:
-        edit.revert()
 
 
 def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:

@@ -1,7 +1,7 @@
 """`SparseVector`: for each parameter name, the entries that moved and by how much; the algebra of task vectors."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
@@ -45,13 +45,14 @@ class SparseVector:
     def __add__(self, other: Self) -> Self:
         if not isinstance(other, SparseVector):
             return NotImplemented
+        base, info = common((self, other))
         deltas = dict(self.deltas)
         for name, delta in other.deltas.items():
             mine = deltas.get(name)
             if mine is not None and mine.shape != delta.shape:
                 raise TalosError(f"{name!r}: vectors of shapes {mine.shape} and {delta.shape} cannot be combined")
             deltas[name] = delta if mine is None else mine.plus(delta)
-        return self.from_deltas(deltas, base=join(self.base, other.base, "these task vectors"))
+        return self.from_deltas(deltas, base=base, info=info)
 
     def __radd__(self, other: object) -> Self:
         """Lets ``sum([a, b, c])`` start from 0."""
@@ -131,6 +132,11 @@ class SparseVector:
         return f"{type(self).__name__}({len(self)} tensors, {self.nnz:,} entries moved, {self.nbytes / 1e6:.2f} MB)"
 
     @property
+    def linearized(self) -> bool:
+        """Whether it is a direction of the linearized model (see `talos_fast.linear`), not a change of parameters."""
+        return bool(self.info.get("linearized", False))
+
+    @property
     def nnz(self) -> int:
         """How many entries moved."""
         return sum(len(delta.values) for delta in self.deltas.values())
@@ -149,3 +155,21 @@ class SparseVector:
     def nbytes(self) -> int:
         """Bytes of the tensors in the file that `save_pretrained` writes."""
         return sum(delta.nbytes for delta in self.deltas.values())
+
+
+def common(vectors: Sequence[SparseVector]) -> tuple[Fingerprint, dict[str, Any]]:
+    """The base that all vectors share, and what of their provenance holds for anything made from them.
+
+    Raises:
+        TalosError: they were made from different bases, or some on a linearized model and some not.
+    """
+    base: Fingerprint = {}
+    for vector in vectors:
+        base = join(base, vector.base, "these task vectors")
+    kinds = {vector.linearized for vector in vectors}
+    if len(kinds) > 1:
+        raise TalosError(
+            "one of these task vectors is of a linearized model and the other is not; they are evaluated differently "
+            "and cannot be added"
+        )
+    return base, {"linearized": True} if True in kinds else {}

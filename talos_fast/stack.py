@@ -8,8 +8,7 @@ from torch import Tensor
 
 from talos_fast.delta import SparseDelta, union
 from talos_fast.errors import TalosError
-from talos_fast.fingerprint import Fingerprint, join
-from talos_fast.sparse_vector import SparseVector
+from talos_fast.sparse_vector import SparseVector, common
 from talos_fast.task_vector import TaskVector
 
 
@@ -67,21 +66,10 @@ def entrywise(vectors: Sequence[TaskVector], rule: Callable[[Tensor], Tensor]) -
         TalosError: no vector, different bases or shapes.
     """
     deltas = {}
+    base, info = common(vectors)
     for name, stack in stacks(vectors):
         merged = rule(stack.values)
         delta = SparseDelta(stack.shape, merged, stack.indices).select(merged != 0)
         if len(delta.values):
             deltas[name] = delta
-    return TaskVector.from_deltas(deltas, base=common_base(vectors))
-
-
-def common_base(vectors: Sequence[SparseVector]) -> Fingerprint:
-    """The base of all vectors.
-
-    Raises:
-        TalosError: they were made from different ones.
-    """
-    base: Fingerprint = {}
-    for vector in vectors:
-        base = join(base, vector.base, "these task vectors")
-    return base
+    return TaskVector.from_deltas(deltas, base=base, info=info)

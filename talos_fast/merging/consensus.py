@@ -7,7 +7,8 @@ from torch import Tensor
 
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
-from talos_fast.stack import common_base, entrywise, stacks
+from talos_fast.sparse_vector import common
+from talos_fast.stack import entrywise, stacks
 from talos_fast.task_vector import TaskVector
 
 
@@ -38,7 +39,7 @@ def tall_masks(vectors: Sequence[TaskVector], *, lam: float = 0.4) -> list[Mask]
             full = torch.zeros(stack.shape, dtype=torch.bool)
             full.view(-1)[slice(None) if stack.indices is None else stack.indices] = claimed.cpu()
             mask[name] = full
-    base = common_base(vectors)
+    base, _ = common(vectors)
     return [Mask(mask, base=base, info={"selection": "tall_mask", "lam": lam}) for mask in masks]
 
 
