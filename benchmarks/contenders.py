@@ -10,10 +10,10 @@ from rivals import OPTIONS, PaperIteration, as_the_paper_ran_it
 from workloads import Workload, build
 
 from talos_fast.forward import default_forward
-from talos_fast.mask import Mask
-from talos_fast.methods import get_method
-from talos_fast.methods.base import Request
-from talos_fast.profiling.iteration import FinetuneIteration
+from talos_fast.methods import Options, Request, Setup, get_method
+from talos_fast.methods.base import Deltas
+from talos_fast.methods.masked import masked
+from talos_fast.profiling.iteration import FinetuneIteration, without_export
 from talos_fast.profiling.measure import run_twice
 from talos_fast.profiling.memory import Memory, above
 
@@ -27,8 +27,13 @@ VARIANTS = {
 def contender(workload: Workload, method: str, variant: str, bf16: bool) -> FinetuneIteration:
     """The iteration of a method; the model's ``requires_grad`` flags are its own afterwards."""
     model = workload.model.requires_grad_(True)
-    mask: Mask | None = {"talos": workload.talos, "lota": workload.lota}.get(method)
-    setup = get_method(method)(Request(model, default_forward, mask, OPTIONS["lr"], OPTIONS["weight_decay"]))
+    request = Request(
+        model, default_forward, OPTIONS["lr"], OPTIONS["weight_decay"],
+        Options(workload.talos if method == "talos" else None), first=not_run,
+    )  # fmt: skip
+    # LoTA's mask comes from a first run; what it costs afterwards is that of its mask.
+    setup = masked(request, workload.lota) if method == "lota" else get_method(method).prepare(request)
+    setup = without_export(setup)
     arguments: Any = (model, workload.batch, F.cross_entropy, workload.spec.clip, bf16)
     if variant == "paper":
         trained, optimizer = as_the_paper_ran_it(method, setup, workload)
@@ -36,6 +41,11 @@ def contender(workload: Workload, method: str, variant: str, bf16: bool) -> Fine
     if variant == "compiled":
         setup = replace(setup, forward=torch.compile(setup.forward))
     return FinetuneIteration(setup, *arguments)
+
+
+def not_run(setup: Setup) -> Deltas:
+    """No method that is measured here asks for a first run."""
+    raise NotImplementedError(setup)
 
 
 def peak_above_model(workload: Workload, method: str, variant: str, bf16: bool) -> tuple[FinetuneIteration, int | None]:

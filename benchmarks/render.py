@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import paper
 from show import ORDER, SHOWN, Cell, cells, heading, rows_of
 
 from talos_fast.storage import atomic
@@ -103,9 +102,7 @@ def main() -> None:
         parser.error(f"no measured table_*.json in {folder}; run pytest benchmarks/table.py --benchmark first")
     (folder / "table.md").write_text(markdown(contents))
     plot(contents, folder / "efficiency.png")
-    print(
-        f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables; paper's ratios for {len(paper.COLUMNS)} columns"
-    )
+    print(f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables")
 
 
 if __name__ == "__main__":

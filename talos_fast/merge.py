@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import Accuracy
 from talos_fast.fingerprint import require_base
+from talos_fast.linear import edited, require_parameters
 from talos_fast.task_vector import TaskVector
 
 Evaluate = Callable[[nn.Module], float | Accuracy]
@@ -49,6 +49,9 @@ def merge(
 ) -> nn.Module:
     """The model θ0 + alpha Σ_t w_t τ_t (Ilharco et al. 2023): add tasks, or forget them by ``-vector``.
 
+    Vectors of linearized fine-tuning give a `talos_fast.linear.Linearized` around the base instead: a module that
+    computes f(x, θ0) + alpha J Σ_t w_t τ_t.
+
     Args:
         base: the pre-trained model; copied unless ``inplace``.
         vectors: of this base.
@@ -59,16 +62,19 @@ def merge(
         check_base: refuse a model that is not the vectors' base.
 
     Raises:
-        TalosError: no vector, another base, unknown names or shapes; nothing is written then.
+        TalosError: no vector, another base, unknown names or shapes, or ``inplace`` with vectors of linearized
+            fine-tuning; nothing is written then.
     """
     if method not in METHODS:
         raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
     vector = combine(vectors, weights)
     if check_base:
         require_base(vector.base, base, "the task vector")
-    edited = base if inplace else copy.deepcopy(base)
-    Edit(edited, vector.deltas).move(alpha)
-    return edited
+    if inplace:
+        require_parameters(vector, "inplace=True")
+    model, edit = edited(base if inplace else copy.deepcopy(base), vector)
+    edit.move(alpha)
+    return model
 
 
 @dataclass(frozen=True)
@@ -154,24 +160,52 @@ def search_alpha(
         references = tuple(_alone(base, single, judge) for single, judge in zip(vectors, evaluators, strict=True))
     else:
         references = tuple(float(judge(base)) for judge in evaluators)
-    edit, trials = Edit(base, vector.deltas), []
+    model, edit = edited(base, vector)
+    accuracies, controls = [], []
     try:
         for alpha in alphas:
             edit.move(alpha)
-            found = tuple(float(judge(base)) for judge in evaluators)
-            normalized = tuple(a / r if r else 0.0 for a, r in zip(found, references, strict=True))
-            trials.append(Trial(alpha, found, normalized, None if control is None else float(control(base))))
+            accuracies.append(tuple(float(judge(model)) for judge in evaluators))
+            controls.append(None if control is None else float(control(model)))
     finally:
         edit.revert()
-    chosen, why = _add(trials) if untouched is None else _negate(trials, control_floor * untouched)
-    return AlphaSearch(chosen.alpha, tuple(trials), references, untouched, why)
+    return choose_alpha(alphas, accuracies, controls, references, untouched, control_floor)
+
+
+def choose_alpha(
+    alphas: Sequence[float],
+    accuracies: Sequence[tuple[float, ...]],
+    controls: Sequence[float | None],
+    references: tuple[float, ...],
+    control: float | None,
+    control_floor: float = 0.95,
+) -> AlphaSearch:
+    """Chooses α as `search_alpha` does, from what was measured at each.
+
+    Args:
+        alphas: ascending.
+        accuracies: of every task, at each α.
+        controls: the control's, at each α.
+        references: see `AlphaSearch`.
+        control: the pre-trained model's control accuracy; None for addition.
+        control_floor: fraction of it to keep.
+
+    Raises:
+        TalosError: no α keeps the control.
+    """
+    trials = [
+        Trial(alpha, found, tuple(a / r if r else 0.0 for a, r in zip(found, references, strict=True)), kept)
+        for alpha, found, kept in zip(alphas, accuracies, controls, strict=True)
+    ]
+    chosen, why = _add(trials) if control is None else _negate(trials, control_floor * control)
+    return AlphaSearch(chosen.alpha, tuple(trials), references, control, why)
 
 
 def _alone(base: nn.Module, vector: TaskVector, judge: Evaluate) -> float:
-    edit = Edit(base, vector.deltas)
+    model, edit = edited(base, vector)
     try:
         edit.move(1.0)
-        return float(judge(base))
+        return float(judge(model))
     finally:
         edit.revert()
 

@@ -97,13 +97,19 @@ class TaskVector(
     def __add__(self, other: "TaskVector") -> "TaskVector":
         if not isinstance(other, TaskVector):
             return NotImplemented
+        if self.linearized != other.linearized:
+            raise TalosError(
+                "one of these task vectors is of a linearized model and the other is not; they are evaluated "
+                "differently and cannot be added"
+            )
         deltas = dict(self.deltas)
         for name, delta in other.deltas.items():
             mine = deltas.get(name)
             if mine is not None and mine.shape != delta.shape:
                 raise TalosError(f"{name!r}: vectors of shapes {mine.shape} and {delta.shape} cannot be added")
             deltas[name] = delta if mine is None else mine.plus(delta)
-        return TaskVector.from_deltas(deltas, base=join(self.base, other.base, "these task vectors"))
+        info = {"linearized": True} if self.linearized else None
+        return TaskVector.from_deltas(deltas, base=join(self.base, other.base, "these task vectors"), info=info)
 
     def __radd__(self, other: object) -> "TaskVector":
         """Lets ``sum([a, b, c])`` start from 0."""
@@ -201,6 +207,11 @@ class TaskVector(
 
     def __repr__(self) -> str:
         return f"TaskVector({len(self)} tensors, {self.nnz:,} entries moved, {self.nbytes / 1e6:.2f} MB)"
+
+    @property
+    def linearized(self) -> bool:
+        """Whether it is a direction of the linearized model (see `talos_fast.linear`), not a change of parameters."""
+        return bool(self.info.get("linearized", False))
 
     @property
     def nnz(self) -> int:

@@ -101,6 +101,7 @@ class Trainer:
             self._epoch_random = self._step_random = self._random.get()
             resumed = self._resume()
             if self._position.step >= self._recipe.steps:
+                self._random.set(self._step_random)  # what comes next goes on as after a run that was not interrupted
                 return
             try:
                 with interruptible() as interrupted:

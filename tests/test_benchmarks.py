@@ -12,7 +12,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from results import merge_rows
+from records import merge_rows
 from rivals import DenseMaskedAdamW
 
 from talos_fast.methods import METHODS

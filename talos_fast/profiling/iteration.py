@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,18 @@ from torch import Tensor, nn
 
 from talos_fast.forward import Batch, checked_logits
 from talos_fast.methods import Setup
+from talos_fast.methods.base import Deltas
 from talos_fast.profiling.measure import Mark
 from talos_fast.train import Loss
+
+
+def without_export(setup: Setup) -> Setup:
+    """The setup without its copy of the start, which only the vector at the end is made of."""
+
+    def export() -> Deltas:
+        raise RuntimeError("this setup was made to be measured")
+
+    return replace(setup, export=export)
 
 
 class FinetuneIteration:
