@@ -24,6 +24,10 @@ VARIANTS = {
 }
 
 
+# Imported once and not by every process, nor counted as a method's memory; the last one is forward-mode's.
+PRELOADED = ["contenders", "open_clip", "transformers.models.t5.modeling_t5", "torch._decomp.decompositions_for_jvp"]
+
+
 def contender(workload: Workload, method: str, variant: str, bf16: bool) -> FinetuneIteration:
     """The iteration of a method; the model's ``requires_grad`` flags are its own afterwards."""
     model = workload.model.requires_grad_(True)
@@ -59,7 +63,7 @@ def peak_above_model(workload: Workload, method: str, variant: str, bf16: bool) 
 def peak_in_own_process(name: str, size: int, method: str, variant: str, bf16: bool) -> int | None:
     """`peak_above_model` on the CPU, in a process that does nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["contenders"])  # imports torch and the models' libraries once
+    context.set_forkserver_preload(PRELOADED)
     with context.Pool(1) as pool:
         return pool.apply(_peak_on_cpu, (name, size, method, variant, bf16, torch.get_num_threads()))
 
