@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from rivals import OPTIONS, PaperIteration, as_the_paper_ran_it
 from workloads import Workload, build
 
-from talos_fast.forward import default_forward
+from talos_fast.forward import default_forward, labels_of
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas
 from talos_fast.methods.masked import masked
@@ -38,7 +38,7 @@ def contender(workload: Workload, method: str, variant: str, bf16: bool) -> Fine
     # LoTA's mask comes from a first run; what it costs afterwards is that of its mask.
     setup = masked(request, workload.lota) if method == "lota" else get_method(method).prepare(request)
     setup = without_export(setup)
-    arguments: Any = (model, workload.batch, F.cross_entropy, workload.spec.clip, bf16)
+    arguments: Any = (model, workload.batch, F.cross_entropy, workload.spec.clip, "bf16" if bf16 else "off")
     if variant == "paper":
         trained, optimizer = as_the_paper_ran_it(method, setup, workload)
         return PaperIteration(replace(setup, trained=trained, optimizer=optimizer), *arguments)
@@ -72,11 +72,6 @@ def _peak_on_cpu(name: str, size: int, method: str, variant: str, bf16: bool, th
     torch.set_num_threads(threads)
     workload = build(name, size, torch.device("cpu"))
     # One plain pass first, so that what libraries set up once is not charged to the method.
-    F.cross_entropy(default_forward(workload.model, workload.batch), _labels(workload)).backward()
+    F.cross_entropy(default_forward(workload.model, workload.batch), labels_of(workload.batch, "the batch")).backward()
     workload.model.zero_grad(set_to_none=True)
     return peak_above_model(workload, method, variant, bf16)[1]
-
-
-def _labels(workload: Workload) -> torch.Tensor:
-    batch = workload.batch
-    return batch["labels"] if isinstance(batch, dict) else batch[1]

@@ -18,8 +18,9 @@ from talos_fast.forward import Batches, Forward, default_forward
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas
+from talos_fast.step import Amp, Loss
 from talos_fast.task_vector import TaskVector
-from talos_fast.train import Amp, Loss, Recipe, Schedule, Trainer
+from talos_fast.train import Recipe, Schedule, Trainer
 
 
 def finetune(

@@ -8,7 +8,7 @@ import typer
 import talos_fast as talos
 from talos_fast import storage
 from talos_fast.cli import options as o
-from talos_fast.train import Amp
+from talos_fast.step import Amp
 
 app = typer.Typer()
 

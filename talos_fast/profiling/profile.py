@@ -17,13 +17,13 @@ from talos_fast.forward import Batch, Batches, Forward, default_forward, device_
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas
-from talos_fast.profiling.iteration import FinetuneIteration, without_export
+from talos_fast.profiling.iteration import LR, FinetuneIteration, without_export
 from talos_fast.profiling.measure import interleave, run_twice
 from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.result import BASELINE, Profile, Row
 from talos_fast.profiling.work import Work, count_work, entries_that_train, step_bytes
+from talos_fast.step import Amp, Loss, autocasts
 from talos_fast.task_vector import TaskVector
-from talos_fast.train import Amp, Loss, autocasts
 
 
 def profile(
@@ -94,7 +94,8 @@ class _Bench:
     def __init__(
         self, model: nn.Module, batch: Batch, forward: Forward, loss: Loss, clip: float | None, amp: Amp
     ) -> None:
-        self._model, self._batch, self._forward, self._loss, self._clip = model, batch, forward, loss, clip
+        self._model, self._batch, self._forward, self._loss = model, batch, forward, loss
+        self._clip, self._amp = clip, amp
         self._parameters = dict(model.named_parameters())
         self._flags = {p: p.requires_grad for p in self._parameters.values()}
         first = next(iter(self._parameters.values()))
@@ -131,9 +132,9 @@ class _Bench:
     def _start(self, name: str, options: Options) -> FinetuneIteration:
         for p, flag in self._flags.items():
             p.requires_grad_(flag)
-        request = Request(self._model, self._forward, 1e-5, 0.1, options, _no_first_run)
+        request = Request(self._model, self._forward, LR, 0.1, options, _no_first_run)
         setup = without_export(get_method(name).prepare(request))
-        return FinetuneIteration(setup, self._model, self._batch, self._loss, self._clip, self.bf16)
+        return FinetuneIteration(setup, self._model, self._batch, self._loss, self._clip, self._amp)
 
 
 def _no_first_run(setup: Setup) -> Deltas:
