@@ -8,7 +8,7 @@ RESULTS = Path(__file__).parent / "results"
 PRESETS = {
     "cpu": {"models": "ViT-B-32", "variants": "paper,eager", "rounds": 10},
     "gpu": {"models": "ViT-B-32,ViT-L-14,T5-Large", "variants": "paper,eager,compiled", "rounds": 15},
-    "smoke": {"models": "smoke,smoke-T5", "variants": "paper,eager", "rounds": 2},
+    "smoke": {"models": "smoke", "variants": "paper,eager", "rounds": 2},
 }
 """What is measured unless another option says otherwise; smoke: tiny models, to see that everything runs."""
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import paper
-from show import ORDER, SHOWN, Cell, cells, heading, rows_of
+from show import ORDER, SHOWN, Cell, cells, heading, measured, rows_of
 
 from talos_fast.storage import atomic
 
@@ -58,7 +57,7 @@ def _figures(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
 def _figure(column: str, cell: Cell | None) -> str:
     if cell is None:
         return "not measured"
-    value = f"{cell.value / 2**30:.2f} GiB" if column == "peak" else f"{1e3 * cell.value:.1f} ms"
+    value = measured(column, cell)
     paper_ratio = "" if cell.paper is None else f" (paper {cell.paper:.2f})"
     return f"{value}, ×{cell.ratio:.2f}{paper_ratio}" if cell.ratio is not None else value
 
@@ -103,9 +102,7 @@ def main() -> None:
         parser.error(f"no measured table_*.json in {folder}; run pytest benchmarks/table.py --benchmark first")
     (folder / "table.md").write_text(markdown(contents))
     plot(contents, folder / "efficiency.png")
-    print(
-        f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables; paper's ratios for {len(paper.COLUMNS)} columns"
-    )
+    print(f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables")
 
 
 if __name__ == "__main__":

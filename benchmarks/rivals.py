@@ -1,16 +1,17 @@
 """The methods as the paper ran them: autocast, a GradScaler, a dense clip, foreach AdamW or a dense masked AdamW."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from workloads import Workload
 
+from talos_fast.forward import Batch, labels_of
 from talos_fast.methods import Setup
 from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import Mark
+from talos_fast.step import Amp, Loss, autocasts
 
 OPTIONS = {"lr": 1e-5, "weight_decay": 0.1}
 
@@ -56,9 +57,19 @@ class DenseMaskedAdamW(Optimizer):
 class PaperIteration(FinetuneIteration):
     """The released loop: scaled loss, `unscale_`, the norm of all gradients, `scaler.step`, `scaler.update`."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._scaler = torch.amp.GradScaler(self._parameters[0].device.type)
+    def __init__(self, setup: Setup, model: nn.Module, batch: Batch, loss: Loss, clip: float | None, amp: Amp) -> None:
+        super().__init__(setup, model, batch, loss, clip, amp)
+        self._model, self._loss = model, loss
+        self._parameters = list(setup.trained.values())
+        device = self._parameters[0].device.type
+        self._autocast = torch.autocast(device, torch.bfloat16, enabled=autocasts(amp, self._parameters[0]))
+        self._scaler = torch.amp.GradScaler(device)
+
+    def forward_loss(self) -> Tensor:
+        """The scalar loss of the batch, of which nothing is checked."""
+        with self._autocast:
+            logits = self.setup.forward(self._model, self._batch)
+            return self._loss(logits.float(), labels_of(self._batch, "the batch"))
 
     def run(self, mark: Mark) -> None:
         """One iteration; see `Iteration`."""

@@ -100,10 +100,17 @@ def heading(content: dict[str, Any]) -> str:
     )
 
 
+def measured(column: str, cell: Cell) -> str:
+    """The figure with its unit."""
+    if column != "peak":
+        return f"{1e3 * cell.value:.1f} ms"
+    return f"{cell.value / 2**30:.2f} GiB" if cell.value >= 2**30 else f"{cell.value / 2**20:.1f} MiB"
+
+
 def figure(column: str, cell: Cell | None) -> str:
     """``12.3 ms ×0.44 (0.34)``."""
     if cell is None:
         return "not measured"
-    value = f"{cell.value / 2**30:.2f} GiB" if column == "peak" else f"{1e3 * cell.value:.1f} ms"
+    value = measured(column, cell)
     ratio = "" if cell.ratio is None else f" ×{cell.ratio:.2f}"
     return value + ratio + ("" if cell.paper is None else f" ({cell.paper:.2f})")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from choice import Choice, choice
 from contenders import VARIANTS, contender, peak_above_model, peak_in_own_process
-from results import merge_rows, revision
+from records import merge_rows, revision
 from rivals import PaperIteration
 from show import text
 from workloads import SPECS, Workload, build, bytes_free, bytes_needed
@@ -21,12 +21,10 @@ from workloads import SPECS, Workload, build, bytes_free, bytes_needed
 from talos_fast.environment import environment
 from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import interleave
-from talos_fast.profiling.work import count_work, step_bytes
+from talos_fast.profiling.work import count_work, entries_that_train, step_bytes
 from talos_fast.storage import write_json
 
 BASELINE = "nonlinear"
-PLAIN = (BASELINE, "lota", "talos")
-"""Methods whose passes are the model's own, so that counting them means something."""
 
 
 @pytest.mark.parametrize("model", SPECS)
@@ -127,17 +125,15 @@ class Table:
         row = {"seconds": timings[key].seconds, "baselines": baselines, "peak_bytes": peak}
         if variant == "compiled":
             row["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
-        return row | self._counted(workload, iteration, method, variant)
+        return row | self._counted(workload, iteration, variant)
 
-    def _counted(self, workload: Workload, iteration: FinetuneIteration, method: str, variant: str) -> dict[str, Any]:
-        masks = {"talos": workload.talos, "lota": workload.lota}.get(method) if variant != "paper" else None
+    def _counted(self, workload: Workload, iteration: FinetuneIteration, variant: str) -> dict[str, Any]:
+        # What the paper ran steps everything that has a selected entry.
+        masks = None if variant == "paper" else iteration.setup.mask
         trained = iteration.setup.trained
-        counted: dict[str, Any] = {
-            "trained": sum(int(masks[name].sum()) if masks else p.numel() for name, p in trained.items()),
-            "step_bytes": step_bytes(trained, masks),
-        }
-        if method in PLAIN and variant != "compiled":
+        counted = {"trained": entries_that_train(trained, masks), "step_bytes": step_bytes(trained, masks)}
+        if not iteration.setup.info.get("linearized") and variant != "compiled":
             iteration.prepare()
             work = count_work(iteration.forward_loss, dict(workload.model.named_parameters()), masks)
-            counted["work"] = vars(work)
+            return counted | {"work": vars(work)}
         return counted

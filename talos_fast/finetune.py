@@ -18,8 +18,9 @@ from talos_fast.forward import Batches, Forward, default_forward
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas
+from talos_fast.step import Amp, Loss
 from talos_fast.task_vector import TaskVector
-from talos_fast.train import Amp, Loss, Recipe, Schedule, Trainer
+from talos_fast.train import Recipe, Schedule, Trainer
 
 
 def finetune(
@@ -108,7 +109,7 @@ def finetune(
             return setup.export()
 
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    with _flags_and_modes(model):
+    with kept_flags_and_modes(model):
         setup = chosen.prepare(Request(model, forward or default_forward, lr, weight_decay, options, first))
         trainer = train(setup, method, folder)
         deltas = setup.export()
@@ -121,7 +122,7 @@ def finetune(
 
 
 @contextmanager
-def _flags_and_modes(model: nn.Module) -> Iterator[None]:
+def kept_flags_and_modes(model: nn.Module) -> Iterator[None]:
     """Brings back ``requires_grad`` and training modes, and drops gradients."""
     flags = {p: p.requires_grad for p in model.parameters()}
     modes = {module: module.training for module in model.modules()}

@@ -210,6 +210,8 @@ class TestProfile:
             ({"warmup": -1}, "warmup=-1"),
             ({"batches": []}, "there is no batch"),
             ({"mask": None}, "needs mask="),
+            ({"mask": None, "method": "lota"}, "needs finetuned="),
+            ({"method": "nonlinear"}, "mask= means nothing to method 'nonlinear'"),
             ({"trace": "/no/such/folder/trace.json"}, "trace=/no/such/folder/trace.json"),
         ],
     )

@@ -17,7 +17,8 @@ from talos_fast.cli.profile import app as profile_app
 from talos_fast.evaluate import evaluate_along
 from talos_fast.methods import METHODS
 from talos_fast.sensitivity.estimators import Estimator
-from talos_fast.train import Amp, Schedule
+from talos_fast.step import Amp
+from talos_fast.train import Schedule
 
 app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(edit_app)

@@ -8,7 +8,7 @@ import typer
 import talos_fast as talos
 from talos_fast import storage
 from talos_fast.cli import options as o
-from talos_fast.train import Amp
+from talos_fast.step import Amp
 
 app = typer.Typer()
 
@@ -21,6 +21,10 @@ def profile(
     weights: o.Weights = None,
     method: Annotated[str, typer.Option(help="Measured beside full fine-tuning.")] = "talos",
     mask: Annotated[Path | None, typer.Option(help="What calibrate wrote; for talos.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction that trains; for lota.")] = None,
+    finetuned: Annotated[Path | None, typer.Option(help="A vector of full fine-tuning; for lota.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of adapters; for l-lora.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Of adapters; for l-lora.")] = None,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
     amp: Annotated[Amp, typer.Option(help="bf16 autocast; auto: on CUDA.")] = "auto",
     rounds: Annotated[int, typer.Option(help="Measurements of each, interleaved.")] = 5,
@@ -36,14 +40,15 @@ def profile(
 ) -> None:
     """Time and memory of a training iteration, beside full fine-tuning, with the counted floor."""
     selected = None if mask is None else talos.Mask.load(mask)
+    changed = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
     (task,) = o.load_tasks([data])
     backbone = o.load_backbone(model, pretrained, device, dtype)
     classifier = backbone.classifier(task)
     o.load_weights(classifier, weights)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=seed)
     found = talos.profile(
-        classifier, batches, mask=selected, method=method, clip=clip or None, amp=amp, rounds=rounds, warmup=warmup,
-        trace=trace,
+        classifier, batches, method=method, mask=selected, density=density, finetuned=changed, rank=rank,
+        lora_alpha=lora_alpha, clip=clip or None, amp=amp, rounds=rounds, warmup=warmup, trace=trace,
     )  # fmt: skip
     typer.echo(str(found))
     if out is not None:

@@ -1,16 +1,26 @@
 """One training iteration as `finetune` runs it, phase by phase."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from talos_fast.forward import Batch, checked_logits
+from talos_fast.forward import Batch
 from talos_fast.methods import Setup
+from talos_fast.methods.base import Deltas
 from talos_fast.profiling.measure import Mark
-from talos_fast.train import Loss
+from talos_fast.step import Amp, Loss, Step
+
+LR = 1e-5
+
+
+def without_export(setup: Setup) -> Setup:
+    """The setup without its copy of the start, which only the vector at the end is made of."""
+
+    def export() -> Deltas:
+        raise RuntimeError("this setup was made to be measured")
+
+    return replace(setup, export=export)
 
 
 class FinetuneIteration:
@@ -19,13 +29,9 @@ class FinetuneIteration:
     Several iterations may share a model: each one's ``requires_grad`` flags are those of the moment it was made.
     """
 
-    def __init__(
-        self, setup: Setup, model: nn.Module, batch: Batch, loss: Loss, clip: float | None, bf16: bool
-    ) -> None:
-        self.setup, self._model, self._batch, self._loss, self._clip = setup, model, batch, loss, clip
-        self._parameters = list(setup.trained.values())
-        device = self._parameters[0].device
-        self._autocast: Any = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    def __init__(self, setup: Setup, model: nn.Module, batch: Batch, loss: Loss, clip: float | None, amp: Amp) -> None:
+        self.setup, self._batch, self._clip = setup, batch, clip
+        self._step = Step(setup, model, loss, clip=clip, amp=amp)
         self._flags: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
 
     def prepare(self) -> None:
@@ -35,19 +41,15 @@ class FinetuneIteration:
 
     def forward_loss(self) -> Tensor:
         """The scalar loss of the batch."""
-        with self._autocast:
-            logits, labels = checked_logits(self.setup.forward, self._model, self._batch, "the batch")
-            return self._loss(logits.float() if logits.dtype != torch.float64 else logits, labels)
+        return self._step.forward_loss(self._batch, "the batch")
 
     def run(self, mark: Mark) -> None:
         """One iteration; see `Iteration`."""
-        loss = self.forward_loss()
-        loss.backward()
+        self._step.backward(self._batch, "the batch")
         mark()
-        if self._clip is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        self._step.clip("the batch")
         mark()
-        self.setup.optimizer.step()
+        self._step.update(LR)
         mark()
-        self.setup.optimizer.zero_grad(set_to_none=True)
+        self._step.release()
         mark()

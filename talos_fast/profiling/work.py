@@ -138,6 +138,11 @@ def _row_fraction(mask: Tensor | None) -> float:
     return float(mask.reshape(mask.shape[0], -1).any(1).double().mean()) if mask.dim() else float(mask)
 
 
+def entries_that_train(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> int:
+    """How many entries move; parameters without a mask train whole."""
+    return sum(int(masks[name].sum()) if masks and name in masks else p.numel() for name, p in trained.items())
+
+
 def step_bytes(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> int:
     """Bytes that one AdamW step must move.
 
