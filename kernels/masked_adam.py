@@ -99,15 +99,27 @@ def _locate(entry, at, count, BLOCK: tl.constexpr):
     return element, rank, live
 
 
+@triton.jit
+def _adamw(p, g, m, v, top, scalars, AMSGRAD: tl.constexpr):
+    """``m += (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g²; p = decay p - step_size m / (√v correction + eps)``."""
+    blend, step_size = tl.load(scalars + BLEND), tl.load(scalars + STEP_SIZE)
+    beta2, one_minus_beta2 = tl.load(scalars + BETA2), tl.load(scalars + ONE_MINUS_BETA2)
+    correction, eps = tl.load(scalars + CORRECTION), tl.load(scalars + EPS)
+    p *= tl.load(scalars + DECAY)
+    m = tl.where(blend > 0, m, g) + blend * (g - m)
+    v = v * beta2 + one_minus_beta2 * g * g
+    top = tl.maximum(top, v, propagate_nan=tl.PropagateNan.ALL) if AMSGRAD else v
+    p -= tl.div_rn(step_size * m, tl.sqrt_rn(top) * correction + eps)
+    return p, m, v, top
+
+
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "found_inf_ptr"])
 def update(
     rows_ptr, table_ptr, gradients_ptr, scalars_ptr, scale_ptr, found_inf_ptr,
     TYPE: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, HAS_MASTER: tl.constexpr,
     AMSGRAD: tl.constexpr, SCALED: tl.constexpr, MAY_SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of selected entries of one tensor: gather, step, scatter.
-
-    ``p = decay p;  m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g²;  p -= step_size m / (√v correction + eps)``
+    """One block of selected entries of one tensor: gather, AdamW, scatter; all is read before the first square root.
 
     The trick is in what is *not* said: nothing about alignment. With ``multiple_of`` on these pointers Triton gives a
     thread 8 adjacent entries, spreads each gather over 32 cache lines and converts layouts through shared memory;
@@ -116,20 +128,13 @@ def update(
     """
     row = rows_ptr + tl.program_id(0).to(tl.int64) * 4
     packed, base, at, first = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    tensor = packed >> 16
-    entry, gradient_row, scalars = (
-        table_ptr + tensor * COLUMNS,
-        gradients_ptr + tensor * 2,
-        scalars_ptr + tensor * SCALARS,
-    )
-    gradient = tl.load(gradient_row)
+    tensor, count = packed >> 16, packed & 0xFFFF
+    entry, scalars = table_ptr + tensor * COLUMNS, scalars_ptr + tensor * SCALARS
+    gradient, compact = tl.load(gradients_ptr + tensor * 2), tl.load(gradients_ptr + tensor * 2 + 1) != 0
     skipped = gradient == 0
     if MAY_SKIP:
         skipped |= tl.load(found_inf_ptr) != 0.0
-    element, rank, live = _locate(entry, at, tl.where(skipped, 0, packed & 0xFFFF).to(tl.int32), BLOCK)
-
-    # Every load comes before the first square root.
-    compact = tl.load(gradient_row + 1) != 0
+    element, rank, live = _locate(entry, at, tl.where(skipped, 0, count).to(tl.int32), BLOCK)
     g_ptr = gradient.to(tl.pointer_type(GRADIENT)) + tl.where(compact, first, base) + tl.where(compact, rank, element)
     p_ptr = tl.load(entry + PARAM).to(tl.pointer_type(TYPE)) + base + element
     m_ptr = tl.load(entry + EXP_AVG).to(tl.pointer_type(STATE)) + first + rank
@@ -138,7 +143,7 @@ def update(
     g = tl.load(g_ptr, live, other=0.0).to(tl.float32) * tl.load(scalars + SIGN)
     m = tl.load(m_ptr, live, other=0.0).to(tl.float32)
     v = tl.load(v_ptr, live, other=0.0).to(tl.float32)
-    p = stored.to(tl.float32)
+    p, top = stored.to(tl.float32), v
     if HAS_MASTER:
         master_ptr = tl.load(entry + MASTER).to(tl.pointer_type(tl.float32)) + first + rank
         master = tl.load(master_ptr, live, other=0.0)
@@ -148,24 +153,11 @@ def update(
         top = tl.load(top_ptr, live, other=0.0).to(tl.float32)
     if SCALED:
         g = tl.div_rn(g, tl.load(scale_ptr))
-    blend, beta2, one_minus_beta2 = (
-        tl.load(scalars + BLEND),
-        tl.load(scalars + BETA2),
-        tl.load(scalars + ONE_MINUS_BETA2),
-    )
-    step_size, correction, eps = tl.load(scalars + STEP_SIZE), tl.load(scalars + CORRECTION), tl.load(scalars + EPS)
-    p *= tl.load(scalars + DECAY)
-
-    m = tl.where(blend > 0, m, g) + blend * (g - m)
-    v = v * beta2 + one_minus_beta2 * g * g
-    if AMSGRAD:
-        top = tl.maximum(top, v, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(top_ptr, top.to(STATE), live)
-    else:
-        top = v
-    p -= tl.div_rn(step_size * m, tl.sqrt_rn(top) * correction + eps)
+    p, m, v, top = _adamw(p, g, m, v, top, scalars, AMSGRAD)
     tl.store(p_ptr, p.to(TYPE), live)
     tl.store(m_ptr, m.to(STATE), live)
     tl.store(v_ptr, v.to(STATE), live)
+    if AMSGRAD:
+        tl.store(top_ptr, top.to(STATE), live)
     if HAS_MASTER:
         tl.store(master_ptr, p, live)

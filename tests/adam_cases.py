@@ -56,3 +56,9 @@ def assert_unselected_equal(params, before, given_masks) -> None:
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
+
+
+def assert_same_on_selected(masked, dense, place="cpu"):
+    assert_unselected_equal(masked, parameters(), masks())
+    for p, q, mask in zip(masked, dense, masks(), strict=True):
+        torch.testing.assert_close(on_cpu(p)[mask], on_cpu(q)[mask], **CLOSE_ON[place])

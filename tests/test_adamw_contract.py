@@ -5,11 +5,10 @@ import inspect
 import pytest
 import torch
 from adam_cases import (
-    CLOSE,
     CLOSE_ON,
     SHAPES,
+    assert_same_on_selected,
     assert_stepped_by,
-    assert_unselected_equal,
     device_of,
     give_gradients,
     launches,
@@ -18,75 +17,14 @@ from adam_cases import (
     parameters,
     run,
 )
-from torch.optim import AdamW, lr_scheduler
+from torch.optim import AdamW
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.optim.swa_utils import SWALR
 
 from talos_fast import MaskedAdam, TalosError
-from talos_fast.optim.clip import Clip
-
-SCHEDULERS = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=3),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=3),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=8),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, step_size_up=2),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    "SWALR": lambda o: SWALR(o, 1e-4, anneal_epochs=3),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(o), lr_scheduler.StepLR(o, 2)]),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 6)], milestones=[2]
-    ),
-}
-
-
-def assert_same_on_selected(masked, dense, place="cpu"):
-    assert_unselected_equal(masked, parameters(), masks())
-    for p, q, mask in zip(masked, dense, masks(), strict=True):
-        torch.testing.assert_close(on_cpu(p)[mask], on_cpu(q)[mask], **CLOSE_ON[place])
-
-
-def test_every_scheduler_of_torch_is_tested():
-    base = (lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau)
-    kinds = [kind for kind in vars(lr_scheduler).values() if inspect.isclass(kind) and issubclass(kind, base)]
-    assert {kind.__name__ for kind in kinds} - {"LRScheduler", "_LRScheduler"} <= set(SCHEDULERS)
-
-
-@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_schedulers(scheduler, lr):
-    check_scheduler(scheduler, lr, "cpu", steps=6)
-
-
-@pytest.mark.parametrize("scheduler, lr", [("OneCycleLR", 1e-2), ("CosineAnnealingLR", torch.tensor(1e-2))], ids=str)
-def test_schedulers_reach_the_kernels(scheduler, lr, place):
-    """Learning rates and, of OneCycleLR, betas that change at every step."""
-    check_scheduler(scheduler, lr, place, steps=4)
-
-
-def check_scheduler(scheduler, lr, place, steps):
-    masked, dense = parameters(place=place), parameters(place=place)
-    for optimizer, params in ((MaskedAdam, masked), (AdamW, dense)):
-        options = {"masks": masks()} if optimizer is MaskedAdam else {}
-        stepped = optimizer(params, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr, **options)
-        schedule = SCHEDULERS[scheduler](stepped)
-        for step in range(steps):
-            run(stepped, params, [step])
-            schedule.step(*([1.0] if scheduler == "ReduceLROnPlateau" else []))
-        if optimizer is MaskedAdam:
-            assert_stepped_by(stepped, place)
-    assert_same_on_selected(masked, dense, place)
 
 
 def test_argument_names_and_kinds_are_those_of_adamw():
@@ -158,86 +96,6 @@ def test_hooks(place):
         handle.remove()
     run(optimizer, params, range(1))
     assert called == ["global pre", "pre", "post", "global post"]
-
-
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
-def test_grad_scaler_skips_overflows(place, options, amsgrad):
-    """Every step whose gradients are finite is AdamW's; the others change nothing, the count of steps included."""
-    masked, dense = parameters(place=place), parameters(place=place)
-    for optimizer, params in (
-        (MaskedAdam(masked, masks=masks(), amsgrad=amsgrad, **options), masked),
-        (AdamW(dense, amsgrad=amsgrad, **options), dense),
-    ):
-        scaler = torch.amp.GradScaler(device_of(place), init_scale=8.0)
-        for step, factor in enumerate((1.0, float("inf"), 1.0)):
-            scale = scaler.scale(torch.ones((), device=device_of(place)))
-            give_gradients(params, step, factor * float(scale))
-            scaler.step(optimizer)
-            scaler.update()
-        assert float(optimizer.state[params[0]]["step"]) == 2.0
-    assert_same_on_selected(masked, dense, place)
-
-
-def test_scales_are_multiplied_and_clipping_is_consumed(place):
-    """A step on gradients divided by GradScaler's scale and by that of clipping; the next divides by neither."""
-    scaled, plain = parameters(place=place), parameters(place=place)
-    optimizer = MaskedAdam(scaled, masks=masks(), fused=True)
-    give_gradients(scaled, 0, 12.0)
-    optimizer.grad_scale = torch.tensor(4.0, device=device_of(place))
-    optimizer.found_inf = torch.tensor(0.0, device=device_of(place))
-    optimizer._clip = Clip(torch.tensor(12e3, device=device_of(place)), 1e3)  # of gradients that are still scaled
-    optimizer.step()
-    assert optimizer._clip is None
-    del optimizer.grad_scale, optimizer.found_inf
-    run(optimizer, scaled, [1])
-    run(MaskedAdam(plain, masks=masks(), fused=True), plain, range(2))
-    for p, q in zip(scaled, plain, strict=True):
-        torch.testing.assert_close(p, q, **CLOSE)
-
-
-@pytest.mark.parametrize("options", [{}, {"fused": False}, {"foreach": True}, {"fused": True}], ids=str)
-@pytest.mark.parametrize("given_masks", [masks(), None], ids=["masked", "dense"])
-def test_clipping_divides_on_every_path(place, options, given_masks):
-    clipped, plain = parameters(place=place), parameters(place=place)
-    optimizer = MaskedAdam(clipped, masks=given_masks, **options)
-    give_gradients(clipped, 0, 4.0)
-    optimizer._clip = Clip(torch.tensor(4e3, device=device_of(place)), 1e3)
-    optimizer.step()
-    run(MaskedAdam(plain, masks=given_masks, **options), plain, range(1))
-    assert all(torch.equal(p, q) for p, q in zip(clipped, plain, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compact_gradients_step_as_dense_ones(place, dtype):
-    dense, compact = parameters(dtype, place), parameters(dtype, place)
-    places = [mask.to(p.device) for p, mask in zip(dense, masks(), strict=True)]
-    ours = MaskedAdam(compact, masks=masks())
-    selected = dict(zip(compact, places, strict=True))
-    ours._gradient = lambda p: p.grad[selected[p]].float()  # what compaction returns
-    reference = MaskedAdam(dense, masks=masks())
-    run(reference, dense, range(3))
-    run(ours, compact, range(3))
-    assert_stepped_by(ours, place)
-    for p, q in zip(dense, compact, strict=True):
-        torch.testing.assert_close(p, q, **(CLOSE_ON[place] if dtype is torch.float32 else dict(rtol=2**-7, atol=1e-7)))
-    del ours._gradient
-    run(reference, dense, [3])
-    run(ours, compact, [3])
-    for p, q in zip(dense, compact, strict=True):
-        torch.testing.assert_close(p, q, **(CLOSE_ON[place] if dtype is torch.float32 else dict(rtol=2**-7, atol=1e-7)))
-
-
-def test_accumulated_gradients(place):
-    masked, dense = parameters(place=place), parameters(place=place)
-    for optimizer, params in ((MaskedAdam(masked, masks=masks()), masked), (AdamW(dense), dense)):
-        for step in range(2):
-            for part in range(3):
-                torch.manual_seed(10 * step + part)
-                sum((p * torch.randn(p.shape).to(p.device)).sum() for p in params).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_same_on_selected(masked, dense, place)
 
 
 def test_gradients_and_parameters_of_any_strides(place):

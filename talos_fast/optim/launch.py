@@ -44,6 +44,11 @@ def _kernels() -> Any:
         return None
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Launch:
     """Tensors that step together: those of one group and device, with one dtype of parameter, gradient and state.
 
@@ -108,7 +113,7 @@ class Launch:
             for number in ((0, 0) if g is None else (g.data_ptr(), g.numel() != numel))
         ]
         on_cuda = self.device.type == "cuda"
-        if on_cuda and torch.cuda.is_current_stream_capturing():
+        if on_cuda and is_capturing():
             return self._capture(content)
         if content != self._known:
             # Each copy has a row of its own: the allocator hands it out again only when the copy is done.

@@ -65,7 +65,7 @@ class GroupLaunches:
 
     def run(self, gradients: Gradients, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One step of every parameter of the group but the others."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if launch.is_capturing():
             self._require_all(gradients)
         for places, one in self._launches:
             one.run([gradients[place] for place in places], self._group, scale, found_inf)
@@ -107,7 +107,7 @@ class Launches:
         parameters = group["params"]
         if not (_wants(group) and any(launch.reaches(device) for device in {p.device for p in parameters})):
             return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if launch.is_capturing():
             raise TalosError("MaskedAdam: take an eager step before each capture; it prepares what the graph will read")
         members = [Member(p, selections.get(p), states.get(p, {})) for p in parameters]
         self._groups[id(group)] = GroupLaunches(group, gradients, members)

@@ -4,7 +4,7 @@ Every selected entry moves as under AdamW; the others are never written, weight 
 parameter with k selected entries is k entries a moment.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, overload
 
@@ -16,7 +16,7 @@ from talos_fast.errors import TalosError
 from talos_fast.optim import state_dict as saving
 from talos_fast.optim.gradients import MaskedGradients
 from talos_fast.optim.launches import Launches
-from talos_fast.optim.masks import Masks, bool_mask, check_mask, masks_by_parameter, pack, unpack
+from talos_fast.optim.masks import Masks, bool_mask, pack, selections_of, unpack
 from talos_fast.optim.plan import Selection, select
 from talos_fast.optim.state import Member, reselected, start
 from talos_fast.optim.stepping import step_others
@@ -81,7 +81,7 @@ class MaskedAdam(MaskedGradients):
             maximize=maximize, foreach=foreach, capturable=capturable, fused=fused,
         )  # fmt: skip
         if masks is not None:
-            self._selections |= self._selected(self.param_groups, masks)
+            self._selections |= selections_of(self.param_groups, masks)
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle carry: torch's part, and the masks as bits."""
@@ -107,7 +107,7 @@ class MaskedAdam(MaskedGradients):
         super().add_param_group(param_group)
         if masks is not None:
             try:
-                self._selections |= self._selected(self.param_groups[-1:], masks)
+                self._selections |= selections_of(self.param_groups[-1:], masks)
             except TalosError:
                 self.param_groups.pop()
                 raise
@@ -126,7 +126,7 @@ class MaskedAdam(MaskedGradients):
         Raises:
             TalosError: a mask does not fit; nothing changes.
         """
-        selections = self._selected(self.param_groups, masks)
+        selections = selections_of(self.param_groups, masks)
         for p in self._parameters():
             before, after = self._selections.get(p), selections.get(p)
             if after is not None and after.count == 0:
@@ -136,13 +136,6 @@ class MaskedAdam(MaskedGradients):
         self._selections = selections
         self._launches.clear()
         self._reselect()
-
-    def _selected(self, groups: Sequence[Mapping[str, Any]], masks: Masks) -> dict[Tensor, Selection]:
-        selections = {}
-        for parameter, (name, mask) in masks_by_parameter(groups, masks).items():
-            check_mask(name, parameter, mask)
-            selections[parameter] = select(mask, parameter)
-        return selections
 
     @overload
     def step(self, closure: None = None) -> None: ...

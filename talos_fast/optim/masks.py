@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.plan import Selection, select
 
 Masks = Mapping[str, Tensor] | Mapping[Tensor, Tensor] | Sequence[Tensor]
 """Name -> bool tensor, parameter -> bool tensor, or bool tensors in the order of the parameters."""
@@ -47,6 +47,18 @@ def masks_by_parameter(groups: Sequence[Mapping[str, Any]], masks: Masks) -> dic
             raise TalosError(f"the mask of {label} matches no parameter of this optimizer; {hint}")
         matched[known[key]] = (label, mask)
     return matched
+
+
+def selections_of(groups: Sequence[Mapping[str, Any]], masks: Masks) -> dict[Tensor, Selection]:
+    """Parameter -> its selection, for the masked parameters of ``groups``.
+
+    Raises:
+        TalosError: a mask does not fit, see `masks_by_parameter` and `check_mask`.
+    """
+    found = masks_by_parameter(groups, masks)
+    for p, (label, mask) in found.items():
+        check_mask(label, p, mask)
+    return {p: select(mask, p) for p, (_, mask) in found.items()}
 
 
 def check_mask(label: str, parameter: Tensor, mask: Tensor) -> None:
