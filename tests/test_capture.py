@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from talos_fast import TalosError
 from talos_fast.sensitivity import ALIASING, RULES, PerSample, UncoveredError, maskable_parameters, rule, sensitivities
-from talos_fast.sensitivity.axis import Axis
+from talos_fast.sensitivity.axis import Axis, codes, consistent, row_values
 
 
 def data(samples: int, *shape: int, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -74,6 +74,17 @@ def test_rows_that_fit_two_axes_are_looked_at_again(caplog):
         batches.append((x, y))
     assert_equal(scores(model, *batches), expected(model, *batches))
     assert not uncovered(caplog)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_wide_row_a_sample_is_enough(seed):
+    """Sums with random signs are small against what they sum: every row must still tell whose it is."""
+    torch.manual_seed(seed)
+    code = codes(2, torch.Generator().manual_seed(seed))
+    gradient = torch.zeros(50, 2, 768)
+    gradient[0] = torch.randn(2, 768)
+    coded, _ = row_values(gradient * code[:, None], 1)
+    assert consistent(coded, *row_values(gradient, 1), code) == ([Axis(1, True)], True)
 
 
 def test_codes_tell_axes_apart():

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Far below the factor of 2 between codes, far above what kernels that add in varying order change.
+# Of a row's norm: far above what kernels that add in varying order change. A sum with random signs is below it once in
+# a hundred rows, all of several never are, so that codes, a factor of 2 or a sign apart, are told from each other.
 TOLERANCE = 1e-2
+PROJECTIONS = 8
 # Gradients that a code may push below the range of floats decide nothing.
 FLOOR = 1e-30
 
@@ -67,23 +69,24 @@ def codes(samples: int, generator: torch.Generator) -> Tensor:
 
 
 def row_values(gradient: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """One number a row, linear in the row (a sum with fixed random signs), and its scale: both (*rows)."""
+    """A few numbers a row, linear in the row (sums with fixed random signs), and its norm: (*rows, P) and (*rows)."""
     flat = gradient.unsqueeze(-1) if features == 0 else gradient.flatten(gradient.dim() - features)
-    signs = torch.randint(0, 2, flat.shape[-1:], generator=torch.Generator().manual_seed(flat.shape[-1])) * 2 - 1
     wide = flat if flat.dtype is torch.float64 else flat.float()
-    return wide @ signs.to(wide.device, wide.dtype), wide.abs().sum(-1)
+    generator = torch.Generator().manual_seed(flat.shape[-1])
+    signs = torch.randint(0, 2, (flat.shape[-1], PROJECTIONS), generator=generator) * 2 - 1
+    return wide @ signs.to(wide.device, wide.dtype), torch.linalg.vector_norm(wide, dim=-1)
 
 
 def consistent(coded: Tensor, plain: Tensor, scale: Tensor, code: Tensor) -> tuple[list[Axis], bool]:
     """The axes by which ``coded`` is ``plain`` times the code of each row's sample, and whether any row says so.
 
     Args:
-        coded: row values (*rows) of the gradient with codes.
+        coded: row values (*rows, P) of the gradient with codes.
         plain: row values without.
-        scale: row scales without.
+        scale: row norms (*rows) without.
         code: (N,).
     """
-    samples, rows = len(code), plain.shape
+    samples, rows = len(code), scale.shape
     possible = list(candidates(rows, samples))
     if not possible:
         return [], bool((scale > FLOOR).any())
@@ -91,6 +94,7 @@ def consistent(coded: Tensor, plain: Tensor, scale: Tensor, code: Tensor) -> tup
     verdicts = [(scale > FLOOR).any()]
     for axis in possible:
         factor = code[axis.owners(rows, samples, plain.device)]
-        verdicts.append(((coded - factor * plain).abs() <= TOLERANCE * factor.abs() * scale + FLOOR).all())
+        allowed = TOLERANCE * factor.abs() * scale + FLOOR
+        verdicts.append(((coded - factor[..., None] * plain).abs() <= allowed[..., None]).all())
     said, *right = torch.stack(verdicts).tolist()
     return [axis for axis, fits in zip(possible, right, strict=True) if fits], said
