@@ -83,6 +83,10 @@ class EncoderBackbone(Backbone):
     def classifier(self, task: Task) -> TextClassifier:
         """The encoder with the class-name head of `task`."""
         self._check_modality(task.modality)
+        if task.has_choices:
+            raise TalosError(
+                f"task {task.name!r}: its answers differ from example to example; use a T5, not {self.name}"
+            )
         head = CosineHead(self._class_embeddings(task), SCALE)
         return TextClassifier(self.encoder, head, self.pooling).eval()
 

@@ -9,7 +9,7 @@ from talos_fast.errors import TalosError
 from talos_fast.models.base import Backbone, Classifier
 from talos_fast.models.heads import ChoiceHead
 from talos_fast.models.text import check_texts, from_pretrained, tokenize
-from talos_fast.tasks.base import Inputs, Task
+from talos_fast.tasks.base import Inputs, Split, Task
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
 """What `model_type` of a Hugging Face configuration may say."""
@@ -78,11 +78,19 @@ class T5Backbone(Backbone):
         """Texts to `input_ids` and `attention_mask`, int64, shape (N, T)."""
         return tokenize(self.tokenizer, check_texts(inputs), MAX_LENGTH)
 
+    def _batch(self, split: Split) -> dict[str, Tensor]:
+        batch = {**self.prepare(split.inputs), "labels": torch.from_numpy(split.labels)}
+        if split.choices is not None:
+            texts = [text for row in split.choices for text in row]
+            ids = tokenize(self.tokenizer, texts, MAX_LENGTH)["input_ids"]
+            batch["choice_ids"] = ids.view(len(split), -1, ids.shape[-1])
+        return batch
+
     def classifier(self, task: Task) -> T5Choices:
-        """The T5 with the class names of `task` as choices."""
+        """The T5 with the class names of `task` as choices; they yield to choices that the examples bring."""
         self._check_modality(task.modality)
         ids = tokenize(self.tokenizer, list(task.class_names), MAX_LENGTH)["input_ids"]
-        if len({tuple(choice) for choice in ids.tolist()}) < len(ids):
+        if not task.has_choices and len({tuple(choice) for choice in ids.tolist()}) < len(ids):
             raise TalosError(
                 f"task {task.name!r}: some class names have the same tokens in {self.name}, such as unknown words; "
                 "choose class names that its tokenizer tells apart"

@@ -22,16 +22,20 @@ class Split:
         inputs: images as one uint8 array of shape (N, H, W, 3), or a list of N image files (`pathlib.Path`), or a
             list of N texts (`str`).
         labels: class indices, int64, shape (N,).
+        choices: of a text task whose answers differ from example to example: N tuples of K texts, the label being the
+            position of the right one; None where the class names are the answers.
 
     Raises:
-        TalosError: inputs of another type, or labels that are not one integer an input.
+        TalosError: inputs of another type, or labels or choices that are not one an input.
     """
 
     inputs: Inputs
     labels: npt.NDArray[np.int64]
+    choices: list[tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
         _check_inputs(self.inputs)
+        _check_choices(self.choices, self.inputs)
         labels = np.asarray(self.labels)
         if labels.size == 0 and len(self.inputs) == 0:
             labels = labels.astype(np.int64).reshape(0)
@@ -57,7 +61,7 @@ class Split:
         if isinstance(self.inputs, np.ndarray):
             return Split(self.inputs[np.asarray(indices, dtype=np.int64)], labels)
         chosen: Any = [self.inputs[index] for index in indices]
-        return Split(chosen, labels)
+        return Split(chosen, labels, None if self.choices is None else [self.choices[index] for index in indices])
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Task:
 
     Args:
         name: what the task is called in files and tables.
-        class_names: human-readable names; the position is the label.
+        class_names: human-readable names; the position is the label. Where every example has choices of its own, what
+            the positions are called, such as "A" and "B".
         templates: prompts with one `{}` for the class name, such as `"a photo of a {}."`; empty for the model's own.
         train: examples to fine-tune and calibrate on.
         validation: examples to choose scaling coefficients on.
@@ -74,7 +79,7 @@ class Task:
 
     Raises:
         TalosError: fewer than two or repeated class names, a template without `{}`, an empty split, a label outside
-            the class names, or splits of both images and texts.
+            the class names, splits of both images and texts, or another number of choices than class names.
     """
 
     name: str
@@ -105,12 +110,23 @@ class Task:
         """K, the number of classes."""
         return len(self.class_names)
 
+    @property
+    def has_choices(self) -> bool:
+        """Whether every example has answers of its own."""
+        return self.train.choices is not None
+
     def _check_split(self, split_name: str, split: Split) -> None:
         where = f"task {self.name!r}, split {split_name}"
         if len(split) == 0:
             raise TalosError(f"{where}: found no examples; every split needs at least one")
         if split.modality != self.modality:
             raise TalosError(f"{where}: found {split.modality} inputs, but train has {self.modality} inputs")
+        numbers = {len(row) for row in split.choices or []}
+        if (split.choices is not None) != self.has_choices or numbers - {self.num_classes}:
+            raise TalosError(
+                f"{where}: found {sorted(numbers) or 'no'} choices an example for {self.num_classes} class names; "
+                "give as many in every split, or none"
+            )
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= self.num_classes:
             raise TalosError(
@@ -131,6 +147,15 @@ def _check_inputs(inputs: object) -> None:
     if kinds is None or len(kinds) > 1 or not kinds <= {"path", "str"}:
         found = type(inputs).__name__ if kinds is None else f"a list of {', '.join(sorted(kinds))}"
         raise TalosError(f"inputs: found {found}; give a uint8 image array, a list of pathlib.Path or a list of str")
+
+
+def _check_choices(choices: list[tuple[str, ...]] | None, inputs: Inputs) -> None:
+    if choices is None:
+        return
+    if len(choices) != len(inputs) or not all(
+        isinstance(text, str) and text.strip() for row in choices for text in row
+    ):
+        raise TalosError(f"choices: found {len(choices)} for {len(inputs)} inputs; give one tuple of texts each")
 
 
 def _check_template(name: str, template: str) -> None:

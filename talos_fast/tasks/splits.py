@@ -13,7 +13,10 @@ from talos_fast.tasks.base import Split
 logger = logging.getLogger("talos_fast")
 
 HELD_OUT = 0.1
-"""Share of every class of train that becomes the validation split where the source has none."""
+"""Share of every class of train that becomes the validation split where the source has none ..."""
+
+HELD_OUT_MOST = 5000
+"""... but about this many examples at most."""
 
 ALIASES = {
     "train": "train",
@@ -66,7 +69,7 @@ def complete(found: Mapping[str, Split], source: Path, seed: int) -> tuple[Split
         logger.warning("%s has no test split: its validation split is reported on instead", source)
         test, validation = validation, None
     if validation is None:
-        kept, held = hold_out(train.labels, HELD_OUT, seed)
+        kept, held = hold_out(train.labels, min(HELD_OUT, HELD_OUT_MOST / len(train)), seed)
         if not held:
             raise TalosError(f"{source}: train has one example a class, too few to hold out for validation; add some")
         logger.info("%s: %d of %d training examples held out for validation", source, len(held), len(train))
