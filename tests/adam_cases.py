@@ -1,5 +1,7 @@
 """Parameters, masks and gradients that the optimizer's tests share."""
 
+import io
+
 import torch
 
 from talos_fast import MaskedAdam
@@ -62,3 +64,18 @@ def assert_same_on_selected(masked, dense, place="cpu"):
     assert_unselected_equal(masked, parameters(), masks())
     for p, q, mask in zip(masked, dense, masks(), strict=True):
         torch.testing.assert_close(on_cpu(p)[mask], on_cpu(q)[mask], **CLOSE_ON[place])
+
+
+def copied(params):
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def through_a_file(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def equal(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,7 +1,6 @@
 """MaskedAdam's state as AdamW's and back, under other masks, and through torch's distributed checkpoints."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -9,10 +8,13 @@ from adam_cases import (
     CLOSE,
     CLOSE_ON,
     assert_stepped_by,
+    copied,
+    equal,
     masks,
     on_cpu,
     parameters,
     run,
+    through_a_file,
 )
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,21 +25,6 @@ from torch.optim import AdamW
 
 from talos_fast import MaskedAdam, TalosError
 from talos_fast.optim import from_adamw, to_adamw
-
-
-def copied(params):
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def through_a_file(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-def equal(first, second) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,6 @@
 """Saving and loading MaskedAdam: bit-identical runs, dtypes, hooks, other masks, torch's own formats."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -9,33 +8,21 @@ import torch
 from adam_cases import (
     CLOSE_ON,
     assert_stepped_by,
+    copied,
     device_of,
+    equal,
     launches,
     masks,
     on_cpu,
     parameters,
     run,
+    through_a_file,
 )
 from torch.optim import AdamW
 
 from talos_fast import MaskedAdam, TalosError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def copied(params):
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def through_a_file(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-def equal(first, second) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True, "amsgrad": True}, {"fused": False}], ids=str)

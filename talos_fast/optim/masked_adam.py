@@ -30,11 +30,10 @@ class MaskedAdam(MaskedGradients):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups; a group may carry its own ``masks``.
         lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in `torch.optim.AdamW`.
-        fused, foreach: by default masked parameters on the CPU are stepped by a C++ operator, in one pass over what is
-            selected; ``fused=True`` also takes a GradScaler's scale in that pass, without writing unscaled gradients
-            back. With ``fused=False`` or ``foreach=True``, and wherever the operator does not reach, the selected
-            entries are gathered, stepped by torch's own AdamW, and scattered back. Parameters without a mask are
-            always stepped by torch's own AdamW, with these flags.
+        fused, foreach: by default Triton kernels step everything on CUDA, in two launches a group, device and dtype,
+            and a C++ operator the masked parameters on the CPU. ``fused=True`` also takes a GradScaler's scale in that
+            pass, without writing unscaled gradients back. With ``fused=False`` or ``foreach=True``, and wherever
+            neither reaches, torch's own AdamW steps the gathered entries, and parameters without a mask as they are.
         masks: which entries train: name -> bool tensor (with named parameters), parameter -> bool tensor, or a sequence
             in the order of the parameters. True = trainable. A parameter without a mask trains densely; one whose mask
             is empty has no state and no step.
