@@ -55,8 +55,9 @@ void accumulate_squared_per_sample_cpu(Tensor scores, Tensor inputs, Tensor grad
 STABLE_TORCH_LIBRARY(talos_fast, m) {
   m.def("accumulate_squared_per_sample_(Tensor(a!) scores, Tensor inputs, Tensor grad_outputs) -> ()");
   m.def(
-      "masked_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-      "Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, Tensor work, Tensor? index, *, float decay, float beta1, "
+      "masked_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] work, Tensor?[] index, *, float decay, float "
+      "beta1, "
       "float beta2, float step_size, float correction, float eps, float grad_scale, bool maximize) -> ()");
 }
 
