@@ -87,12 +87,15 @@ def build_arguments():
 
     abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
     cxx = [*FLAGS, "-ffp-contract=fast", "-fno-math-errno"]  # the second lets sqrt be a vector instruction
-    sources = ["csrc/ops.cpp", "csrc/masked_adam.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/accumulate.cpp", "csrc/radix.cpp", "csrc/masked_adam.cpp", "csrc/compact.cpp"]
     modules = [CppExtension("talos_fast._C", sources, extra_compile_args=cxx, py_limited_api=abi3)]
     if toolkit:
         compile_args = {"cxx": cxx, "nvcc": [*FLAGS, "-DUSE_CUDA"]}
         cuda = CUDAExtension(
-            "talos_fast._C_cuda", ["csrc/ops_cuda.cu"], extra_compile_args=compile_args, py_limited_api=abi3
+            "talos_fast._C_cuda",
+            ["csrc/ops_cuda.cu", "csrc/accumulate_cuda.cu", "csrc/radix_cuda.cu"],
+            extra_compile_args=compile_args,
+            py_limited_api=abi3,
         )
         # Static: libcudart.so of one major version would not load beside a torch of another.
         cuda.libraries.remove("cudart")

@@ -1,18 +1,134 @@
 #!/usr/bin/env bash
-# The GPU part of the test suite, on a machine that has a GPU, with the Python and torch that are there
-# and without a network. Everything it finds out goes into one folder: $OUT, else gpu-output/.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+# Everything that needs a GPU, on a machine that has one, with the Python and torch that are there and no network.
+#
+#   benchmarks/gpu.sh [build] [tests] [sanitizer] [step] [calibration] [table]      no name: all of them
+#
+# Each part has its own time limit and its own log; one that fails does not stop the others, and the summary at the end
+# says which did. Where talos_fast is not installed with its libraries, build comes first by itself.
+#
+#   PYTHON   the Python with torch (default: python3)
+#   OUT      where everything is written (default: gpu-output)
+#   WHEELS   a folder of wheels that this Python lacks, such as open_clip_torch, ftfy and expecttest: installed into
+#            build/site, not into the Python. Without open_clip the table's ViT rows say that it is missing.
+#   LIMIT    seconds a part (default: 590)
+#   MODELS   the table's models (default: ViT-B-32 ViT-L-14 T5-Large), each with its own limit
+#   OPTIONS  more options for the benchmarks, such as "--methods talos --variants eager"
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 out=${OUT:-gpu-output}
-mkdir -p "$out"
+limit=${LIMIT:-590}
+mkdir -p "$out" || exit
+out=$(cd "$out" && pwd)
+read -r -a models <<< "${MODELS:-ViT-B-32 ViT-L-14 T5-Large}"
+read -r -a options <<< "${OPTIONS:-}"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+site=$PWD/build/site
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+summary=()
+failed=0
 
-{
+# run NAME COMMAND...: under the limit, into $out/NAME.txt, and into the summary.
+run() {
+  local name=$1 start=$SECONDS status
+  shift
+  echo "== $name: $*" | tee "$out/$name.txt"
+  timeout --kill-after=20 "$limit" "$@" 2>&1 | tee -a "$out/$name.txt"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) summary+=("$name: passed, $((SECONDS - start)) s") ;;
+    124 | 137) fail "$name: STOPPED after $limit s; see $name.txt" ;;
+    *) fail "$name: FAILED with exit code $status; see $name.txt" ;;
+  esac
+  return "$status"
+}
+
+fail() {
+  summary+=("$1")
+  failed=1
+  return 1
+}
+
+# From outside the checkout, so that what answers is what was installed.
+built() {
+  (cd / && "$python" -c 'from talos_fast import ops; assert ops.backend("cuda") != "torch"') > /dev/null 2>&1
+}
+
+machine() {
   date --utc
-  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-  "$python" -c 'import torch, platform; print("torch", torch.__version__, "python", platform.python_version())'
-} | tee "$out/machine.txt"
+  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+  nvcc --version | tail -n 2
+  "$python" -c 'import platform, torch, triton
+print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
+  git rev-parse HEAD
+}
 
-# TALOS_CUDA=1: a CUDA library that does not build is an error here, not a fallback.
-TALOS_CUDA=1 "$python" -m pip install --no-index --no-build-isolation --no-deps -e . 2>&1 | tee "$out/build.txt"
-"$python" -m pytest tests -m gpu -q --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.txt"
+build() {
+  if [ -n "${WHEELS:-}" ]; then
+    run wheels "$python" -m pip install --no-index --no-deps --upgrade --target "$site" "$WHEELS"/*.whl || return
+  fi
+  # TALOS_CUDA=1: a CUDA library that does not build is an error here, not a fallback.
+  TALOS_CUDA=1 run build "$python" -m pip install --no-index --no-build-isolation --no-deps -e . || return
+  built || fail "build: FAILED, talos_fast has no CUDA operators; see build.txt"
+}
+
+tests() {
+  run tests "$python" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
+    --junitxml="$out/tests.xml"
+}
+
+# Without torch's caching allocator every tensor is an allocation of its own, so that stepping over its end is seen.
+# Tests that compile are left out: they launch torch's kernels by the thousand.
+sanitizer() {
+  local tool limit=$((limit / 3))
+  if ! command -v compute-sanitizer > /dev/null; then
+    fail "sanitizer: FAILED, compute-sanitizer is not on PATH"
+    return
+  fi
+  for tool in memcheck racecheck synccheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitizer-$tool" \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no --target-processes all \
+      "$python" -m pytest tests -m gpu -q -x -p no:cacheprovider -k "not compile and not opcheck"
+  done
+}
+
+benchmark=("$python" -m pytest -q -s -p no:cacheprovider --benchmark --preset gpu --results "$out" "${options[@]}")
+
+step() { run step "${benchmark[@]}" benchmarks/step.py; }
+
+calibration() { run calibration "${benchmark[@]}" benchmarks/calibration.py; }
+
+table() {
+  local model
+  for model in "${models[@]}"; do
+    run "table-$model" "${benchmark[@]}" benchmarks/table.py --models "$model"
+  done
+}
+
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(build tests sanitizer step calibration table)
+for part in "${parts[@]}"; do
+  case $part in
+    build | tests | sanitizer | step | calibration | table) ;;
+    *)
+      echo "benchmarks/gpu.sh: no part $part; parts are build, tests, sanitizer, step, calibration, table" >&2
+      exit 2
+      ;;
+  esac
+done
+
+# Without a device every test would be skipped, and that would read as passed.
+if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
+  echo "benchmarks/gpu.sh: $python has no torch that sees a CUDA device; set PYTHON to one that has" >&2
+  exit 2
+fi
+machine 2>&1 | tee "$out/machine.txt"
+if [ "${parts[0]}" != build ] && ! built; then parts=(build "${parts[@]}"); fi
+for part in "${parts[@]}"; do
+  "$part"
+  # Without the operators every other part would measure and test something else.
+  [ "$part" != build ] || built || break
+done
+printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
+exit "$failed"

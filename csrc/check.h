@@ -6,6 +6,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+
+#include "radix.h"
 #include "squared.h"
 
 namespace talos {
@@ -18,7 +21,8 @@ inline bool is_supported(ScalarType type) {
          type == ScalarType::Half;
 }
 
-inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs, const Tensor& grads) {
+inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs, const Tensor& grads,
+                                      const std::optional<Tensor>& scale) {
   STD_TORCH_CHECK(scores.dim() == 2, "scores must be (outs, ins), but has ", scores.dim(), " dimensions");
   STD_TORCH_CHECK(inputs.dim() == 3, "inputs must be (samples, tokens, ins), but has ", inputs.dim(), " dimensions");
   STD_TORCH_CHECK(grads.dim() == 3, "grad_outputs must be (samples, tokens, outs), but has ", grads.dim(),
@@ -38,7 +42,25 @@ inline Shape check_accumulate_squared(const Tensor& scores, const Tensor& inputs
                   shape.outs, " rows");
   STD_TORCH_CHECK(grads.size(0) == shape.samples && grads.size(1) == shape.tokens, "grad_outputs has ", grads.size(0),
                   " samples of ", grads.size(1), " tokens, but inputs has ", shape.samples, " of ", shape.tokens);
+  STD_TORCH_CHECK(!scale.has_value() || (scale->numel() == 1 && scale->scalar_type() == scores.scalar_type() &&
+                                         scale->device() == scores.device()),
+                  "scale must be one number with the dtype and device of scores");
   return shape;
+}
+
+// Those of a dimension of one entry are arbitrary, and never used.
+inline Strides strides_of(const Tensor& tensor) {
+  const auto stride = [&](int64_t dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+  return {stride(0), stride(1), tensor.size(2) == 1 ? 1 : tensor.stride(2)};
+}
+
+inline void check_radix_histogram(const Tensor& counts, const Tensor& scores, int64_t digit) {
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == kCounts,
+                  "counts must be ", kCounts, " contiguous int64");
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.is_contiguous(),
+                  "scores must be contiguous float32");
+  STD_TORCH_CHECK(counts.device() == scores.device(), "counts and scores must be on one device");
+  STD_TORCH_CHECK(digit >= 0 && digit < kDigits, "digit must be 0, 1 or 2, but is ", digit);
 }
 
 // Nothing to add: no entry, no sample, or samples without a token.

@@ -1,83 +1,62 @@
-// The CPU kernel: one tile of scores, all samples.
+// The innermost part of the CPU kernel: packing, and one register tile of scores over one run of tokens.
 //
-// A tile of scores stays in cache while every sample passes over it: samples outside, tokens inside.
-// The product of one sample lives in a register tile (ROWS x 2 vectors), which is squared and added
-// to the tile before the next sample starts, so neither (samples, outs, ins) nor (outs, ins) products
-// are ever in memory. Inputs are packed once into panels as wide as the register tile and padded with
-// zeros, which makes every load unit-stride and leaves the kernel without edge cases.
+//   squares[r][c] += (sum over t of grads[t][r] * inputs[t][c])^2
+//
+// The product of one sample lives in ROWS x 2 vector registers and is squared there. What it reads is packed into
+// panels as wide as the register tile, padded with zeros, so every load is unit-stride and there are no edge cases.
 #pragma once
 
-#include <cstring>
-#include <memory>
-#include <vector>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <type_traits>
 
 #include "isa.h"
 #include "squared.h"
 
 namespace talos {
 
-constexpr int64_t kTileOuts = 96;  // a multiple of every ROWS below
-constexpr int64_t kTileIns = 256;  // a multiple of every register tile's width
-constexpr int64_t kTokens = 128;   // tokens at a time; keeps one panel in L1
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
-// A (samples, tokens, features) array as (samples, features / width, tokens, width), the last panel of
-// each sample filled up with zeros. Packed once: packing for every tile would cost as much as the sums.
-template <typename T>
-struct Panels {
-  Panels(int64_t samples, int64_t tokens, int64_t features, int64_t width)
-      : tokens(tokens),
-        features(features),
-        width(width),
-        count(tile_count(features, width)),
-        data(new T[samples * count * tokens * width]) {}
-
-  const T* at(int64_t sample, int64_t feature, int64_t token) const {
-    return data.get() + ((sample * count + feature / width) * tokens + token) * width;
-  }
-
-  // WIDTH is `width` again, known to the compiler: a copy is then a few vector moves, not a call.
-  template <int64_t WIDTH>
-  void pack(const T* from, int64_t sample) {
-    T* to = data.get() + sample * count * tokens * WIDTH;
-    for (int64_t begin = 0; begin < features; begin += WIDTH) {
-      const int64_t inside = tile_extent(begin, features, WIDTH);
-      const T* row = from + sample * tokens * features + begin;
-      for (int64_t t = 0; t < tokens; ++t, to += WIDTH, row += features) {
-        if (inside == WIDTH) {
-          std::memcpy(to, row, WIDTH * sizeof(T));
-        } else {
-          for (int64_t c = 0; c < WIDTH; ++c) to[c] = c < inside ? row[c] : T(0);
-        }
-      }
-    }
-  }
-
-  int64_t tokens, features, width, count;
-  std::unique_ptr<T[]> data;
+// The bfloat16 entries of two tokens (2t in the low half, 2t + 1 in the high half), which AVX512-BF16 multiplies at
+// once and adds in fp32.
+struct TokenPair {
+  uint32_t bits;
 };
 
-template <typename T>
-struct Problem {
-  T* scores;
-  const Panels<T>& inputs;
-  const Panels<T>& grads;
-  Shape shape;
+// What a register holds for packed entries of one kind: `Input` as loaded, `Sum` as accumulated in `Score`s.
+template <typename Packed, int BYTES>
+struct Register {
+  static constexpr int kTokens = 1;
+  using Score = Packed;
+  typedef Packed Input __attribute__((vector_size(BYTES)));
+  typedef Packed Sum __attribute__((vector_size(BYTES)));
 };
 
-// Reused from tile to tile by one thread.
-template <typename T>
-struct Scratch {
-  explicit Scratch(const Shape& shape)
-      : squares(kTileOuts * kTileIns), products(shape.tokens > kTokens ? kTileOuts * kTileIns : 0) {}
-  std::vector<T> squares, products;
+template <int BYTES>
+struct Register<TokenPair, BYTES> {
+  static constexpr int kTokens = 2;
+  using Score = float;
+  typedef uint32_t Input __attribute__((vector_size(BYTES)));
+  typedef float Sum __attribute__((vector_size(BYTES)));
 };
+
+#if defined(__x86_64__)
+// Assembly, because a compiler refuses the intrinsic in a function that is not itself limited to AVX512-BF16. Exact
+// products, rounded fp32 sums; values below 1.2e-38 count as zero.
+TALOS_SHARED void multiply_add(Register<TokenPair, 64>::Sum& product, const TokenPair& grad,
+                               const Register<TokenPair, 64>::Input& input) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(product) : "v"(input), "m"(grad.bits));
+}
+#endif
 
 // Memory to register tile and back. (A memcpy of the whole array would pin the array in memory.)
 template <int ROWS, typename Vector, typename T>
 TALOS_SHARED void load(Vector (&tile)[ROWS][2], const T* from) {
-#pragma GCC unroll 16
+  TALOS_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
+    TALOS_UNROLL
     for (int c = 0; c < 2; ++c)
       __builtin_memcpy(&tile[r][c], from + (2 * r + c) * sizeof(Vector) / sizeof(T), sizeof(Vector));
   }
@@ -85,111 +64,132 @@ TALOS_SHARED void load(Vector (&tile)[ROWS][2], const T* from) {
 
 template <int ROWS, typename Vector, typename T>
 TALOS_SHARED void store(const Vector (&tile)[ROWS][2], T* to) {
-#pragma GCC unroll 16
+  TALOS_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
+    TALOS_UNROLL
     for (int c = 0; c < 2; ++c)
       __builtin_memcpy(to + (2 * r + c) * sizeof(Vector) / sizeof(T), &tile[r][c], sizeof(Vector));
   }
 }
 
-// The register tile over one run of tokens. A sample of more than kTokens tokens takes several
-// runs and parks its products in memory in between.
-template <int ROWS, typename Vector, typename T>
-TALOS_SHARED void run_tokens(const T* grads, const T* inputs, int64_t tokens, bool first, bool last, T* products,
-                             T* squares) {
-  constexpr int LANES = sizeof(Vector) / sizeof(T);
-  Vector product[ROWS][2] = {};
-  if (!first) load(product, products);
-  for (int64_t t = 0; t < tokens; ++t) {
-    Vector input[2];
-    __builtin_memcpy(&input[0], inputs + t * 2 * LANES, sizeof(Vector));
-    __builtin_memcpy(&input[1], inputs + t * 2 * LANES + LANES, sizeof(Vector));
-    add_outer_product(product, grads + t * ROWS, input);
+// A step is one token, or one pair. A sample of several runs parks its products in memory in between.
+template <typename Packed, int ROWS, int BYTES>
+TALOS_SHARED void run_tokens(const void* grads, const void* inputs, int64_t steps, bool first, bool last, void* parked,
+                             void* squares) {
+  using Vectors = Register<Packed, BYTES>;
+  using Score = typename Vectors::Score;
+  constexpr int LANES = BYTES / sizeof(Packed);
+  const Packed* grad = static_cast<const Packed*>(grads);
+  const Packed* from = static_cast<const Packed*>(inputs);
+  typename Vectors::Sum product[ROWS][2] = {};
+  if (!first) load(product, static_cast<const Score*>(parked));
+  for (int64_t s = 0; s < steps; ++s, grad += ROWS, from += 2 * LANES) {
+    typename Vectors::Input input[2];
+    __builtin_memcpy(&input[0], from, BYTES);
+    __builtin_memcpy(&input[1], from + LANES, BYTES);
+    add_outer_product(product, grad, input);
   }
   if (last) {
-    Vector square[ROWS][2];
-    load(square, squares);
+    typename Vectors::Sum square[ROWS][2];
+    load(square, static_cast<const Score*>(squares));
     add_squares(square, product);
-    store(square, squares);
+    store(square, static_cast<Score*>(squares));
   } else {
-    store(product, products);
+    store(product, static_cast<Score*>(parked));
   }
 }
 
-template <int ROWS, int BYTES, typename T>
-TALOS_SHARED void accumulate_tile(const Problem<T>& problem, int64_t out, int64_t in, Scratch<T>& scratch) {
-  typedef T Vector __attribute__((vector_size(BYTES)));
-  constexpr int COLS = 2 * BYTES / sizeof(T);
-  constexpr int64_t AREA = ROWS * COLS;
-  const Shape& shape = problem.shape;
-  const int64_t outs = tile_extent(out, shape.outs, kTileOuts), ins = tile_extent(in, shape.ins, kTileIns);
-  const int64_t down = tile_count(outs, ROWS), across = tile_count(ins, COLS);
-  T* const squares = scratch.squares.data();
-  std::memset(squares, 0, down * across * AREA * sizeof(T));
-  for (int64_t n = 0; n < shape.samples; ++n) {
-    for (int64_t begin = 0; begin < shape.tokens; begin += kTokens) {
-      const int64_t tokens = tile_extent(begin, shape.tokens, kTokens);
-      for (int64_t a = 0; a < across; ++a) {
-        const T* const inputs = problem.inputs.at(n, in + a * COLS, begin);
-        for (int64_t d = 0; d < down; ++d) {
-          const int64_t at = (a * down + d) * AREA;
-          run_tokens<ROWS, Vector>(problem.grads.at(n, out + d * ROWS, begin), inputs, tokens, begin == 0,
-                                   begin + tokens == shape.tokens, scratch.products.data() + at, squares + at);
-        }
-      }
+// One token of one panel, zeros beyond the `inside` features that there are.
+template <int WIDTH, typename To, typename From>
+TALOS_SHARED void pack_step(const From* from, const Strides& strides, int64_t, int64_t inside, To* to) {
+  if (inside >= WIDTH && strides.feature == 1) {
+    for (int c = 0; c < WIDTH; ++c) to[c] = static_cast<To>(from[c]);
+  } else {
+    for (int c = 0; c < WIDTH; ++c) to[c] = c < inside ? static_cast<To>(from[c * strides.feature]) : To(0);
+  }
+}
+
+// A pair of tokens of one panel; the partner of the last of an odd number of tokens is zero.
+template <int WIDTH>
+TALOS_SHARED void pack_step(const BFloat16* from, const Strides& strides, int64_t tokens, int64_t inside,
+                            TokenPair* to) {
+  const BFloat16* const next = from + strides.token;
+  if (inside >= WIDTH && strides.feature == 1 && tokens > 1) {
+    for (int c = 0; c < WIDTH; ++c) to[c].bits = from[c].x | uint32_t{next[c].x} << 16;
+    return;
+  }
+  for (int c = 0; c < WIDTH; ++c) {
+    const uint32_t low = c < inside ? from[c * strides.feature].x : 0;
+    to[c].bits = c < inside && tokens > 1 ? low | uint32_t{next[c * strides.feature].x} << 16 : low;
+  }
+}
+
+// All tokens of `features` features of one sample -> panels of (steps, WIDTH), one behind the other.
+template <int WIDTH, int TOKENS, typename To, typename From>
+TALOS_SHARED void pack(const From* from, const Strides& strides, int64_t tokens, int64_t features, To* to) {
+  const int64_t panel = tile_count(tokens, TOKENS) * WIDTH;
+  for (int64_t t = 0; t < tokens; t += TOKENS, from += TOKENS * strides.token, to += WIDTH) {
+    // Along the row of the source: panel by panel would read its cache lines piecemeal.
+    for (int64_t f = 0; f < features; f += WIDTH) {
+      pack_step<WIDTH>(from + f * strides.feature, strides, tokens - t, features - f, to + f / WIDTH * panel);
     }
   }
-  for (int64_t r = 0; r < outs; ++r) {
-    T* const row = problem.scores + (out + r) * shape.ins + in;
-    const T* const from = squares + r / ROWS * AREA + r % ROWS * COLS;
-    for (int64_t c = 0; c < ins; ++c) row[c] += from[c / COLS * down * AREA + c % COLS];
-  }
 }
 
-// A kernel, and the panels it reads.
-template <typename T>
+using Run = void (*)(const void* grads, const void* inputs, int64_t steps, bool first, bool last, void* parked,
+                     void* squares);
+using Pack = void (*)(const void* from, const Strides& strides, int64_t tokens, int64_t features, void* panels);
+
+// A register tile of rows x cols scores for one instruction set and one kind of input, and the panels that it reads.
 struct TileKernel {
-  void (*accumulate)(const Problem<T>&, int64_t out, int64_t in, Scratch<T>&);
-  int64_t rows, cols;
-  void (Panels<T>::*pack_grads)(const T*, int64_t sample);
-  void (Panels<T>::*pack_inputs)(const T*, int64_t sample);
+  int64_t rows, cols, tokens_per_step, entry_bytes;
+  Run run;
+  Pack pack_grads, pack_inputs;
 };
 
-template <int ROWS, int BYTES, typename T>
-TileKernel<T> with_panels(void (*accumulate)(const Problem<T>&, int64_t, int64_t, Scratch<T>&)) {
-  constexpr int64_t COLS = 2 * BYTES / sizeof(T);
-  return {accumulate, ROWS, COLS, &Panels<T>::template pack<ROWS>, &Panels<T>::template pack<COLS>};
-}
+// Functions compiled for one instruction set: the templates above are inlined into them.
+#define TALOS_TILE_KERNEL(NAME, TARGET)                                                                               \
+  template <typename Packed, typename From, int ROWS, int BYTES>                                                      \
+  struct NAME {                                                                                                       \
+    static constexpr int COLS = 2 * BYTES / sizeof(Packed), TOKENS = Register<Packed, BYTES>::kTokens;                \
+    TARGET static void run(const void* grads, const void* inputs, int64_t steps, bool first, bool last, void* parked, \
+                           void* squares) {                                                                           \
+      run_tokens<Packed, ROWS, BYTES>(grads, inputs, steps, first, last, parked, squares);                            \
+    }                                                                                                                 \
+    TARGET static void pack_grads(const void* from, const Strides& strides, int64_t tokens, int64_t features,         \
+                                  void* panels) {                                                                     \
+      pack<ROWS, TOKENS>(static_cast<const From*>(from), strides, tokens, features, static_cast<Packed*>(panels));    \
+    }                                                                                                                 \
+    TARGET static void pack_inputs(const void* from, const Strides& strides, int64_t tokens, int64_t features,        \
+                                   void* panels) {                                                                    \
+      pack<COLS, TOKENS>(static_cast<const From*>(from), strides, tokens, features, static_cast<Packed*>(panels));    \
+    }                                                                                                                 \
+    static TileKernel kernel() { return {ROWS, COLS, TOKENS, sizeof(Packed), run, pack_grads, pack_inputs}; }         \
+  };
 
-// ROWS fills the register file: 32 vectors with AVX-512, 16 with AVX2 and SSE2, 32 on Arm.
-template <typename T>
-void accumulate_portable(const Problem<T>& problem, int64_t out, int64_t in, Scratch<T>& scratch) {
-  accumulate_tile<6, 16>(problem, out, in, scratch);
-}
-
+TALOS_TILE_KERNEL(Portable, )
 #if defined(__x86_64__)
-template <typename T>
-__attribute__((target("avx2,fma"))) void accumulate_avx2(const Problem<T>& problem, int64_t out, int64_t in,
-                                                         Scratch<T>& scratch) {
-  accumulate_tile<6, 32>(problem, out, in, scratch);
-}
-
-template <typename T>
-__attribute__((target("avx512f"))) void accumulate_avx512(const Problem<T>& problem, int64_t out, int64_t in,
-                                                          Scratch<T>& scratch) {
-  accumulate_tile<12, 64>(problem, out, in, scratch);
-}
+TALOS_TILE_KERNEL(Avx2, __attribute__((target("avx2,fma,f16c"))))
+TALOS_TILE_KERNEL(Avx512, __attribute__((target("avx512f,avx512bw,avx512vl,f16c"))))
+TALOS_TILE_KERNEL(Avx512Bf16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))))
 #endif
 
-template <typename T>
-TileKernel<T> choose_kernel() {
+// The widest kernel of this machine for entries of type From, summed in Packed; `pairs` allows it to take two bfloat16
+// tokens at a time. ROWS fills the register file: 32
+// vectors with AVX-512, 16 with AVX2 and SSE2, 32 on Arm.
+template <typename Packed, typename From>
+TileKernel choose_kernel(bool pairs) {
 #if defined(__x86_64__)
   const Isa isa = choose_isa();
-  if (isa == Isa::kAvx512) return with_panels<12, 64>(accumulate_avx512<T>);
-  if (isa == Isa::kAvx2) return with_panels<6, 32>(accumulate_avx2<T>);
+  if constexpr (std::is_same_v<From, BFloat16>) {
+    if (pairs && isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
+      return Avx512Bf16<TokenPair, From, 12, 64>::kernel();
+    }
+  }
+  if (isa == Isa::kAvx512) return Avx512<Packed, From, 12, 64>::kernel();
+  if (isa == Isa::kAvx2) return Avx2<Packed, From, 6, 32>::kernel();
 #endif
-  return with_panels<6, 16>(accumulate_portable<T>);
+  return Portable<Packed, From, 6, 16>::kernel();
 }
 
 }  // namespace talos

@@ -6,21 +6,27 @@ from talos_fast.calibrate import calibrate
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import Accuracy, evaluate
 from talos_fast.finetune import finetune
+from talos_fast.interference import Interference, interference
 from talos_fast.mask import Mask
 from talos_fast.merge import AlphaSearch, merge, search_alpha
 from talos_fast.optim import MaskedAdam
+from talos_fast.profiling import Profile, profile
 from talos_fast.task_vector import TaskVector
 
 __all__ = [
     "Accuracy",
     "AlphaSearch",
+    "Interference",
     "Mask",
     "MaskedAdam",
+    "Profile",
     "TalosError",
     "TaskVector",
     "calibrate",
     "evaluate",
     "finetune",
+    "interference",
     "merge",
+    "profile",
     "search_alpha",
 ]

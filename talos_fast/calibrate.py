@@ -4,18 +4,24 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
-from talos_fast.fingerprint import fingerprint
-from talos_fast.forward import Batches, Forward
+from talos_fast.fingerprint import digest, fingerprint
+from talos_fast.forward import Batches, Forward, default_forward
+from talos_fast.interrupt import interruptible
 from talos_fast.mask import Mask, resolve_density
-from talos_fast.sensitivity.engine import sensitivities
-from talos_fast.sensitivity.estimators import Estimator, check_estimator
-from talos_fast.sensitivity.selection import maskable_parameters, patterns
+from talos_fast.rounds import RoundFile, Survivors
+from talos_fast.sensitivity.engine import Ledger, Scorer, progress_bar
+from talos_fast.sensitivity.estimators import Estimator
+from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.sensitivity.selection import maskable_parameters, patterns, unwrapped
 from talos_fast.sensitivity.threshold import select_extreme
+from talos_fast.sensitivity.uses import Precision
 
 logger = logging.getLogger("talos_fast")
 
@@ -33,6 +39,11 @@ def calibrate(
     samples_per_input: int = 1,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
+    precision: Precision = "full",
+    scores_device: torch.device | str | None = None,
+    stability: bool = True,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Mask:
@@ -40,6 +51,14 @@ def calibrate(
 
     In round r of R every entry still kept is scored on all batches, and the ⌊density^(r/R) · N⌋ lowest stay; between
     rounds the rejected entries are multiplied by ``damage`` in the forward pass. The model is left bit-identical.
+
+    Ctrl-C stops after the running batch; with ``checkpoint_dir`` the same call goes on after the last complete round
+    and gives the very mask of a run that was not interrupted. Where torch.distributed is initialized every rank brings
+    its own batches, dealt as `torch.utils.data.DistributedSampler` deals them, and all get the same mask.
+
+    Memory beside the model and its activations, per maskable entry: 4 bytes of scores (8 with ``stability``, which
+    sums the even and the odd batches apart), 1 byte of mask (3), and a copy of the parameters on the CPU (none if
+    ``rounds`` or ``damage`` is 1). ``scores_device="cpu"`` takes the scores off a GPU.
 
     Args:
         model: the pre-trained model; `talos_fast.sensitivity.maskable_parameters` chooses its maskable parameters.
@@ -52,17 +71,26 @@ def calibrate(
         damage: what rejected entries are multiplied by: 1 none, 0 removes them.
         samples_per_input: probes an input that share a forward; more inputs are better than more probes.
         include, exclude: shell patterns of parameter names.
+        precision: "full" or "bf16", of the products of inputs and gradients; see `sensitivities`.
+        scores_device: where the scores are kept; default: with their parameters.
+        stability: report how far masks made from the even and from the odd batches agree.
+        checkpoint_dir: where complete rounds are kept.
+        resume: take up a round that is there.
         seed: of the probes.
         progress: bars on a terminal.
 
     Returns:
-        The mask; ``mask.info`` says how it was made.
+        The mask. ``mask.info`` says how it was made: ``seconds``, ``samples`` (a round, over all ranks), and
+        ``stability``: the Jaccard index of the masks that the even and the odd batches would give, each half followed
+        through all rounds by its own scores on the jointly damaged model; None for a single batch. The mask itself,
+        made from twice the data, is more stable than that; more samples raise both.
 
     Raises:
-        TalosError: density or rounds out of range, nothing maskable, no batch, NaN or infinite logits.
+        TalosError: density or rounds out of range, nothing maskable, no batch, NaN or infinite logits, a checkpoint of
+            another run, or another rank failed.
     """
+    start = time.perf_counter()
     fraction = resolve_density(density, sparsity)
-    check_estimator(estimator)
     if rounds < 1:
         raise TalosError(f"rounds={rounds}: at least one is needed")
     if not 0.0 <= damage <= 1.0:
@@ -70,36 +98,88 @@ def calibrate(
             f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"
         )
     include, exclude = patterns(include), patterns(exclude)
+    model, ranks = unwrapped(model), Ranks()
     parameters = maskable_parameters(model, include, exclude)
+    scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
     total = sum(p.numel() for p in parameters.values())
     if iter(batches) is batches and rounds > 1:
         batches = list(batches)  # an iterator can be read once, the rounds read it again
-    base, start = fingerprint(model), time.perf_counter()
-    kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    with restored(parameters) as originals:
-        for number in range(1, rounds + 1):
-            scores = sensitivities(
-                model, batches, forward=forward, estimator=estimator, include=include, exclude=exclude,
-                samples_per_input=samples_per_input, seed=seed + number, progress=progress,
-            )  # fmt: skip
-            for name, score in scores.items():
-                score.masked_fill_(~kept[name], float("inf"))
-            kept = select_extreme(scores, max(1, int(fraction ** (number / rounds) * total)))
-            logger.info("round %d of %d: %.4f of %d entries kept", number, rounds, fraction ** (number / rounds), total)
-            _damage(parameters, originals, kept, damage)
-    info = {
+    base = fingerprint(model)
+    recipe: dict[str, Any] = {
         "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
-        "samples_per_input": samples_per_input, "seed": seed, "seconds": round(time.perf_counter() - start, 3),
+        "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
     }  # fmt: skip
-    return Mask(kept, base=base, info=info)
+    identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
+    file = RoundFile(checkpoint_dir, identity, resume)
+    state = file.load(parameters, ranks) or Survivors.all(parameters, stability)
+    with restored(parameters if rounds > 1 and damage != 1.0 else {}), interruptible() as interrupted:
+        _damage(parameters, {name: ~kept for name, kept in state.kept.items()}, damage)
+        while state.round < rounds:
+            number = state.round + 1
+            count = max(1, int(fraction ** (number / rounds) * total))
+            scores = _RoundScores(scorer, state, scores_device)
+            bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
+            samples = scorer.score(batches, scores.of, seed + number, ranks, bar=bar, stop=interrupted)
+            chosen = scores.lowest(count, ranks)
+            logger.info("round %d of %d: %d of %d entries kept", number, rounds, count, total)
+            if number < rounds:
+                _damage(parameters, {name: old & ~chosen[0][name] for name, old in state.kept.items()}, damage)
+            spent = state.seconds + time.perf_counter() - start
+            state, start = Survivors(chosen, number, spent, samples), time.perf_counter()
+            if ranks.rank == 0:
+                file.save(state)
+    report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
+    return Mask(state.kept, base=base, info=recipe | report)
+
+
+class _RoundScores:
+    """The scores of one round, those of even and of odd batches apart if their masks are followed too."""
+
+    def __init__(self, scorer: Scorer, state: Survivors, device: torch.device | str | None) -> None:
+        self._scorer, self._state, self._device = scorer, state, device
+        self._alive = state.alive()
+        self._ledgers: list[Ledger] = []
+
+    def of(self, index: int) -> Ledger:
+        """Where the squares of a batch go."""
+        index %= max(1, len(self._state.masks) - 1)
+        while len(self._ledgers) <= index:
+            self._ledgers.append(self._scorer.ledger(None, self._device, self._alive))
+        return self._ledgers[index]
+
+    def lowest(self, count: int, ranks: Ranks) -> list[dict[str, Tensor]]:
+        """The next masks: each the ``count`` lowest entries of the last, by all scores, and by those of either half."""
+        # A rank with less data than others has the same tensors to sum.
+        for index in range(ranks.most(len(self._ledgers))):
+            ranks.summed(self.of(index))
+        followed = self._state.masks[1:] if len(self._ledgers) == 2 else []
+        halves = [_lowest(ledger, last, count) for ledger, last in zip(self._ledgers, followed, strict=False)]
+        whole = self._ledgers[0]
+        for ledger in self._ledgers[1:]:
+            for name, accumulator in whole.items():
+                accumulator.values.add_(ledger[name].values)
+        return [_lowest(whole, self._state.kept, count), *halves]
+
+
+def _lowest(ledger: Ledger, kept: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Which entries of ``kept`` have the ``count`` lowest scores."""
+    places = {name: accumulator.wanted(kept[name]) for name, accumulator in ledger.items()}
+    scores = {name: ledger[name].values if bool(place.all()) else ledger[name].values[place]
+              for name, place in places.items()}  # fmt: skip
+    chosen = {name: torch.zeros_like(mask) for name, mask in kept.items()}
+    for name, selected in select_extreme(scores, count).items():
+        rows, device = ledger[name].rows, kept[name].device
+        inside = torch.zeros_like(places[name]).masked_scatter_(places[name], selected)
+        chosen[name][slice(None) if rows is None else rows.to(device)] = inside.to(device)
+    return chosen
 
 
 @contextmanager
-def restored(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Gives a copy of the parameters, and brings back their very bits, whatever happened to them."""
-    originals = {name: p.detach().clone() for name, p in parameters.items()}
+def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Brings back the very bits of the parameters afterwards, whatever happened to them; a copy waits on the CPU."""
+    originals = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
     try:
-        yield originals
+        yield
     finally:
         with torch.no_grad():
             for name, p in parameters.items():
@@ -107,9 +187,8 @@ def restored(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _damage(
-    parameters: Mapping[str, Tensor], originals: Mapping[str, Tensor], kept: Mapping[str, Tensor], factor: float
-) -> None:
-    # From the originals: an entry rejected two rounds ago is damaged once, not twice.
-    for name, p in parameters.items():
-        p.copy_(torch.where(kept[name], originals[name], originals[name] * factor))
+def _damage(parameters: Mapping[str, Tensor], rejected: Mapping[str, Tensor], factor: float) -> None:
+    """Multiplies the entries that have just been rejected: each is damaged once, whenever it was rejected."""
+    if factor != 1.0:
+        for name, p in parameters.items():
+            p.copy_(torch.where(rejected[name], p * factor, p))

@@ -1,5 +1,6 @@
 """`SparseDelta`: the entries of one tensor that moved, and by how much."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -65,12 +66,26 @@ class SparseDelta:
         exceptions = 0 if self.rest is None else (width + 4) * int(self.rest.count_nonzero())
         return width * len(self.values) + exceptions + selection_nbytes(len(self.values), self.numel)
 
-    def applied(self, base: Tensor, coefficient: float) -> Tensor:
-        """The edited entries, (k,) in the dtype of ``base`` (k,), which holds the original ones."""
-        edited = base.double() + coefficient * self.values.to(base.device).double()
+    def add_to(self, entries: Tensor, coefficient: float) -> None:
+        """Adds coefficient times the change to the entries that move, (k,) fp64, in place."""
+        entries += coefficient * self.values.double()
         if self.rest is not None:
-            edited += coefficient * self.rest.to(base.device).double()
-        return edited.to(base.dtype)
+            entries += coefficient * self.rest.double()
+
+    def applied(self, base: Tensor) -> Tensor:
+        """The trained entries, (k,) in the dtype of ``base`` (k,), which holds the original ones."""
+        entries = base.to(torch.float64, copy=True)
+        self.add_to(entries, 1.0)
+        return entries.to(base.dtype)
+
+    def to(self, device: torch.device) -> "SparseDelta":
+        """The same delta on a device."""
+        if self.values.device == device:
+            return self
+        indices = None if self.indices is None else self.indices.to(device)
+        return SparseDelta(
+            self.shape, self.values.to(device), indices, None if self.rest is None else self.rest.to(device)
+        )
 
     def scaled(self, factor: float) -> "SparseDelta":
         """Every change times ``factor``."""
@@ -89,16 +104,50 @@ class SparseDelta:
         full[slice(None) if self.indices is None else self.indices] = True
         return full.view(self.shape)
 
+    def select(self, keep: Tensor) -> "SparseDelta":
+        """Only the entries where ``keep``, (k,) bool, is True."""
+        if bool(keep.all()):
+            return self
+        indices = flat_indices(keep) if self.indices is None else self.indices[keep]
+        return SparseDelta(self.shape, self.values[keep], indices, None if self.rest is None else self.rest[keep])
+
+    def spread(self, indices: Tensor | None) -> "SparseDelta":
+        """The same change on more entries, zero at the new ones; ``indices`` must hold all of its own."""
+        if self.indices is None or (indices is not None and len(indices) == len(self.indices)):
+            return self
+        place = self.indices if indices is None else torch.searchsorted(indices, self.indices)
+
+        def wider(entries: Tensor) -> Tensor:
+            full = entries.new_zeros(self.numel if indices is None else len(indices))
+            full[place] = entries
+            return full
+
+        return SparseDelta(self.shape, wider(self.values), indices, None if self.rest is None else wider(self.rest))
+
     def plus(self, other: "SparseDelta") -> "SparseDelta":
         """The sum, present where either is; it is rounded once more, so neither's ``rest`` survives."""
-        if self.indices is None or other.indices is None:
-            return SparseDelta(self.shape, (self.dense() + other.dense()).reshape(-1))
-        indices, place = torch.cat([self.indices, other.indices]).unique(sorted=True, return_inverse=True)
-        moved = torch.cat([self.values, other.values])
-        values = moved.new_zeros(len(indices)).index_add_(0, place, moved)
-        return SparseDelta(self.shape, values, None if len(indices) == self.numel else indices)
+        indices = union((self, other))
+        values = self.spread(indices).values + other.spread(indices).values
+        return SparseDelta(self.shape, values, indices)
 
     def dot(self, other: "SparseDelta") -> float:
         """The inner product, accumulated in double precision."""
         at_mine = gather(other.dense(), self.indices)
         return float(self.values.double() @ at_mine.double())
+
+
+def union(deltas: Sequence[SparseDelta]) -> Tensor | None:
+    """The flat, ascending indices of the entries that any of these deltas of one tensor moves; None means every entry.
+
+    Linear in the size of the tensor: entries are marked, not sorted.
+    """
+    first = deltas[0].indices
+    if all(delta.indices is first for delta in deltas):
+        return first
+    moved = torch.zeros(deltas[0].numel, dtype=torch.bool, device=deltas[0].values.device)
+    for delta in deltas:
+        if delta.indices is None:
+            return None
+        moved[delta.indices] = True
+    indices = flat_indices(moved)
+    return None if len(indices) == len(moved) else indices

@@ -1,52 +1,75 @@
-"""`Edit`: a model held at base + coefficient * delta, able to move along and to go back, bit for bit."""
+"""`Edit`: a model held at base + Σ coefficient * delta, able to move along and to go back, bit for bit."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from talos_fast.delta import SparseDelta
+from talos_fast.delta import SparseDelta, union
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Target, named_tensors
 from talos_fast.indexing import gather, scatter_
 
 
+@dataclass(frozen=True)
+class _Touched:
+    """One tensor of the target: the entries that any direction moves, and what was there."""
+
+    tensor: Tensor
+    indices: Tensor | None
+    original: Tensor
+    directions: tuple[tuple[int, SparseDelta], ...]
+
+
 class Edit:
-    """Keeps the original entries that ``deltas`` touch, so that any coefficient starts from the base and none drifts.
+    """Keeps the original entries that ``directions`` touch, so that any coefficients start from the base, none drifts.
+
+    A move reads and writes the touched entries only. They and the changes lie on the target's device meanwhile.
 
     Args:
         target: a module or state dict, edited in place; nothing is written before `move`.
-        deltas: name -> change.
+        directions: name -> change; one mapping for each coefficient of `move`.
 
     Raises:
         TalosError: a name that the target lacks, or another shape.
     """
 
-    def __init__(self, target: Target, deltas: Mapping[str, SparseDelta]) -> None:
+    def __init__(self, target: Target, *directions: Mapping[str, SparseDelta]) -> None:
         tensors = named_tensors(target)
-        for name, delta in deltas.items():
-            if name not in tensors:
-                example = next(iter(tensors), None)
-                raise TalosError(
-                    f"the task vector moves {name!r}, which the model lacks; its tensors are like {example!r}"
-                )
-            if tuple(tensors[name].shape) != delta.shape:
-                raise TalosError(
-                    f"{name!r}: the vector has shape {delta.shape}, the model {tuple(tensors[name].shape)}"
-                )
-        self._deltas = dict(deltas)
-        self._tensors: dict[str, Tensor] = {name: tensors[name] for name in deltas}
-        self._originals = {name: gather(self._tensors[name], self._on_device(name)) for name in deltas}
+        grouped: dict[str, list[tuple[int, SparseDelta]]] = {}
+        for number, deltas in enumerate(directions):
+            for name, delta in deltas.items():
+                _check(name, delta, tensors)
+                grouped.setdefault(name, []).append((number, delta.to(tensors[name].device)))
+        self._count = len(directions)
+        self._touched = [_touch(tensors[name], moving) for name, moving in grouped.items()]
 
-    def _on_device(self, name: str) -> Tensor | None:
-        indices = self._deltas[name].indices
-        return None if indices is None else indices.to(self._tensors[name].device)
-
-    def move(self, coefficient: float) -> None:
-        """Sets every touched entry to base + coefficient * delta, computed in double and rounded once."""
-        for name, delta in self._deltas.items():
-            scatter_(self._tensors[name], self._on_device(name), delta.applied(self._originals[name], coefficient))
+    def move(self, *coefficients: float) -> None:
+        """Sets every touched entry to base + Σ coefficient * delta, computed in double and rounded once."""
+        if len(coefficients) != self._count:
+            raise TalosError(f"{len(coefficients)} coefficients for {self._count} directions; give one each")
+        for touched in self._touched:
+            edited = touched.original.to(torch.float64, copy=True)
+            for number, delta in touched.directions:
+                delta.add_to(edited, coefficients[number])
+            scatter_(touched.tensor, touched.indices, edited.to(touched.original.dtype))
 
     def revert(self) -> None:
         """Restores the very bits that were there."""
-        for name, original in self._originals.items():
-            scatter_(self._tensors[name], self._on_device(name), original)
+        for touched in self._touched:
+            scatter_(touched.tensor, touched.indices, touched.original)
+
+
+def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:
+    indices = union([delta for _, delta in moving])
+    directions = tuple((number, delta.spread(indices)) for number, delta in moving)
+    return _Touched(tensor, indices, gather(tensor, indices), directions)
+
+
+def _check(name: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) -> None:
+    if name not in tensors:
+        example = next(iter(tensors), None)
+        raise TalosError(f"the task vector moves {name!r}, which the model lacks; its tensors are like {example!r}")
+    if tuple(tensors[name].shape) != delta.shape:
+        raise TalosError(f"{name!r}: the vector has shape {delta.shape}, the model {tuple(tensors[name].shape)}")

@@ -1,5 +1,6 @@
 """`evaluate`: top-1 accuracy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from tqdm.auto import tqdm
 
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batches, Forward, checked_logits, default_forward, device_of, to_device
+from talos_fast.linear import Linearized, edited
+from talos_fast.task_vector import TaskVector
 
 
 @dataclass(frozen=True, order=True)
@@ -54,3 +57,53 @@ def evaluate(model: nn.Module, batches: Batches, *, forward: Forward | None = No
     if total == 0:
         raise TalosError("there is no batch to evaluate on; the iterable was empty (an iterator can be read only once)")
     return Accuracy(int(correct) / total, int(correct), total)
+
+
+@torch.no_grad()
+def evaluate_along(
+    model: nn.Module, vector: TaskVector, batches: Batches, alphas: Sequence[float], *, forward: Forward | None = None
+) -> list[Accuracy]:
+    """The accuracy of model + α vector for each α, as `evaluate` measures it; the model is left bit-identical.
+
+    Logits along a vector of linearized fine-tuning are affine in α: they cost one forward and one forward-mode pass a
+    batch, however many α there are.
+
+    Args:
+        model: the base of the vector.
+        vector: where to move.
+        batches: read once an α.
+        alphas: coefficients.
+        forward: as in `evaluate`; it must be affine in what the model returns, if the vector is of a linearized model.
+
+    Raises:
+        TalosError: as `evaluate`, or the vector does not fit the model.
+    """
+    moved, edit = edited(model, vector)
+    if isinstance(edit, Linearized):
+        return _along_line(edit, batches, alphas, forward or default_forward)
+    try:
+        found = []
+        for alpha in alphas:
+            edit.move(alpha)
+            found.append(evaluate(moved, batches, forward=forward))
+        return found
+    finally:
+        edit.revert()
+
+
+def _along_line(line: Linearized, batches: Batches, alphas: Sequence[float], forward: Forward) -> list[Accuracy]:
+    device, total = device_of(line), 0
+    coefficients = torch.tensor(alphas, device=device).view(-1, 1, 1)
+    correct = torch.zeros(len(alphas), dtype=torch.int64, device=device)
+    for index, batch in enumerate(batches):
+        batch, ends = to_device(batch, device), []
+        for alpha in (0.0, 1.0):
+            line.move(alpha)
+            logits, labels = checked_logits(forward, line, batch, f"batch {index}")
+            ends.append(logits)
+        path = ends[0] + coefficients.to(ends[0].dtype) * (ends[1] - ends[0])  # (A, N, K)
+        correct += (path.argmax(-1) == labels).sum(-1)
+        total += len(labels)
+    if total == 0:
+        raise TalosError("there is no batch to evaluate on; the iterable was empty (an iterator can be read only once)")
+    return [Accuracy(int(count) / total, int(count), total) for count in correct]

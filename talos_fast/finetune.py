@@ -1,6 +1,8 @@
 """`finetune`: train a model on a task, and get the task vector."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from talos_fast.calibrate import restored
 from talos_fast.checkpoint import Checkpoint
-from talos_fast.delta import SparseDelta
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint, require_base
 from talos_fast.forward import Batches, Forward, default_forward
 from talos_fast.mask import Mask
-from talos_fast.methods import get_method
-from talos_fast.methods.base import Request
+from talos_fast.methods import Options, Request, Setup, get_method
+from talos_fast.methods.base import Deltas
+from talos_fast.step import Amp, Loss
 from talos_fast.task_vector import TaskVector
-from talos_fast.train import Amp, Loss, Recipe, Schedule, Trainer
+from talos_fast.train import Recipe, Schedule, Trainer
 
 
 def finetune(
@@ -26,6 +29,10 @@ def finetune(
     *,
     method: str = "talos",
     mask: Mask | None = None,
+    density: float | None = None,
+    finetuned: TaskVector | None = None,
+    rank: int | None = None,
+    lora_alpha: float | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
     epochs: int | None = None,
@@ -50,8 +57,11 @@ def finetune(
     Args:
         model: the pre-trained model; left in its mode and with its ``requires_grad`` flags.
         batches: ``(inputs, labels)`` or mappings with ``labels``, read anew each epoch.
-        method: "talos" (needs ``mask``) or "nonlinear".
-        mask: which entries move; all others stay bit-identical.
+        method: "talos" (needs ``mask``), "nonlinear", "linearized", "l-lora" or "lota"; see `talos_fast.methods`.
+        mask: talos: which entries move; all others stay bit-identical.
+        density: lota: the fraction that trains, default 0.1.
+        finetuned: lota: the vector of a full fine-tuning on this task; by default one comes first, with this recipe.
+        rank, lora_alpha: l-lora: of the adapters, default 16 and 32.
         forward: ``forward(model, batch) -> logits (N, K)``; default: call the model.
         loss: ``loss(logits, labels) -> scalar``; default: cross-entropy.
         epochs, steps: how long; one of them. Default: one epoch. ``steps`` counts optimizer steps.
@@ -68,40 +78,62 @@ def finetune(
         progress: a bar on a terminal.
 
     Returns:
-        The task vector, with provenance in ``.info``.
+        The task vector, with provenance in ``.info``. Vectors of "linearized" and "l-lora" are directions of the
+        linearized model (``vector.linearized``); `merge` and `search_alpha` evaluate them as they were trained.
 
     Raises:
         TalosError: bad arguments; a mask of another model; no batch; NaN or infinite logits, loss or gradients (the
             batch is named and its step not taken); a checkpoint of another run.
     """
     recipe = _recipe(batches, epochs, steps, lr, warmup, schedule, clip, accumulate, amp, seed)
-    if mask is not None and mask.base:
-        require_base(mask.base, model, "the mask")
+    chosen = get_method(method)
+    options = Options(mask, density, finetuned, rank, lora_alpha)
+    chosen.check(options)
+    for what, recorded in (("the mask", mask), ("finetuned=", finetuned)):
+        if recorded is not None and recorded.base:
+            require_base(recorded.base, model, what)
     base, start = fingerprint(model), time.perf_counter()
-    flags = {p: p.requires_grad for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    try:
-        setup = get_method(method)(Request(model, forward or default_forward, mask, lr, weight_decay))
-        pretrained = {name: p.detach().clone() for name, p in setup.trained.items()}
-        identity = {**vars(recipe), "method": method, "weight_decay": weight_decay, "base": digest(base),
-                    "mask": None if mask is None else mask.digest()}  # fmt: skip
-        checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, identity, resume)
+
+    def train(setup: Setup, name: str, folder: Path | None) -> Trainer:
+        identity = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base), **setup.info,
+                    "mask": None if setup.mask is None else setup.mask.digest()}  # fmt: skip
+        checkpoint = None if folder is None else Checkpoint(folder, identity, resume)
         model.train()
         trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, checkpoint)
         trainer.run(progress)
+        return trainer
+
+    def first(setup: Setup) -> Deltas:
+        with restored(setup.trained):
+            train(setup, f"{method}, first run", folder and folder / "first")
+            return setup.export()
+
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    with kept_flags_and_modes(model):
+        setup = chosen.prepare(Request(model, forward or default_forward, lr, weight_decay, options, first))
+        trainer = train(setup, method, folder)
+        deltas = setup.export()
+    info: dict[str, Any] = {
+        **vars(recipe), "method": method, "weight_decay": weight_decay, "last_loss": trainer.last_loss,
+        "seconds": round(time.perf_counter() - start, 3), "torch": torch.__version__,
+        "mask": None if setup.mask is None else setup.mask.info, **setup.info,
+    }  # fmt: skip
+    return TaskVector.from_deltas(deltas, base=base, info=info)
+
+
+@contextmanager
+def kept_flags_and_modes(model: nn.Module) -> Iterator[None]:
+    """Brings back ``requires_grad`` and training modes, and drops gradients."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
     finally:
         for p, flag in flags.items():
             p.requires_grad_(flag)
             p.grad = None
         for module, training in modes.items():
             module.training = training
-    deltas = {name: SparseDelta.between(name, pretrained[name], p.data) for name, p in setup.trained.items()}
-    info: dict[str, Any] = {
-        **vars(recipe), "method": method, "weight_decay": weight_decay, "last_loss": trainer.last_loss,
-        "seconds": round(time.perf_counter() - start, 3), "torch": torch.__version__,
-        "mask": None if mask is None else mask.info,
-    }  # fmt: skip
-    return TaskVector.from_deltas({name: d for name, d in deltas.items() if len(d.values)}, base=base, info=info)
 
 
 def _recipe(

@@ -69,11 +69,11 @@ def take(batch: Batch, start: int, stop: int, size: int) -> Batch:
     return tree_map_only(Tensor, rows, batch)
 
 
-def checked_logits(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and labels (N,) of a batch.
+def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and labels (N,) of a batch; their values are not looked at.
 
     Raises:
-        TalosError: logits of another shape, NaN or infinite, or labels outside the classes; names the batch.
+        TalosError: no labels, or logits of another shape; names the batch.
     """
     labels = labels_of(batch, where)
     logits = forward(model, batch)
@@ -81,11 +81,35 @@ def checked_logits(forward: Forward, model: nn.Module, batch: Batch, where: str)
         raise TalosError(
             f"{where}: forward gave logits of shape {tuple(logits.shape)} for {len(labels)} labels; expected (N, K)"
         )
-    low, high, finite = torch.stack([labels.min(), labels.max(), logits.isfinite().all().to(labels.dtype)]).tolist()
-    if low < 0 or high >= logits.shape[1]:
+    return logits, labels
+
+
+def logits_facts(logits: Tensor, labels: Tensor) -> Tensor:
+    """What `judge_logits` needs, where the logits are: lowest label, highest label, whether all logits are finite."""
+    return torch.stack([labels.min(), labels.max(), logits.isfinite().all().to(labels.dtype)]).to(logits.dtype)
+
+
+def judge_logits(facts: list[float], classes: int, where: str) -> None:
+    """Refuses logits and labels by their facts.
+
+    Raises:
+        TalosError: NaN or infinite logits, or labels outside the classes; names the batch.
+    """
+    low, high, finite = facts
+    if low < 0 or high >= classes:
         raise TalosError(
-            f"{where}: labels {low} … {high}, but the model has {logits.shape[1]} classes, 0 … {logits.shape[1] - 1}"
+            f"{where}: labels {low:.0f} … {high:.0f}, but the model has {classes} classes, 0 … {classes - 1}"
         )
     if not finite:
         raise TalosError(f"{where}: the logits hold NaN or infinite entries; check the inputs and the learning rate")
+
+
+def checked_logits(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and labels (N,) of a batch, looked at; waits for the device.
+
+    Raises:
+        TalosError: logits of another shape, NaN or infinite, or labels outside the classes; names the batch.
+    """
+    logits, labels = logits_of(forward, model, batch, where)
+    judge_logits(logits_facts(logits.float(), labels).tolist(), logits.shape[1], where)
     return logits, labels

@@ -1,40 +1,23 @@
 """`merge` and `search_alpha`: edit a model with task vectors."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import Accuracy
 from talos_fast.fingerprint import require_base
+from talos_fast.linear import edited, moved, require_parameters
+from talos_fast.merging import combine
 from talos_fast.task_vector import TaskVector
 
 Evaluate = Callable[[nn.Module], float | Accuracy]
 """``evaluate(model) -> accuracy`` in [0, 1] of one task."""
 
 GRID = tuple(round(0.05 * step, 2) for step in range(21))
-METHODS = ("task_arithmetic",)
-
-
-def combine(vectors: Sequence[TaskVector], weights: Sequence[float] | None = None) -> TaskVector:
-    """Σ_t w_t τ_t; all weights 1 by default.
-
-    Raises:
-        TalosError: no vector, another number of weights, or vectors of different bases.
-    """
-    if not vectors:
-        raise TalosError("there is no task vector to merge; pass at least one")
-    if weights is not None and len(weights) != len(vectors):
-        raise TalosError(f"{len(weights)} weights for {len(vectors)} task vectors; give one a vector")
-    scaled = vectors if weights is None else [w * vector for w, vector in zip(weights, vectors, strict=True)]
-    total = scaled[0]
-    for vector in scaled[1:]:
-        total = total + vector
-    return total
 
 
 def merge(
@@ -43,32 +26,39 @@ def merge(
     *,
     alpha: float = 1.0,
     weights: Sequence[float] | None = None,
-    method: Literal["task_arithmetic"] = "task_arithmetic",
+    method: str = "task_arithmetic",
     inplace: bool = False,
     check_base: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """The model θ0 + alpha Σ_t w_t τ_t (Ilharco et al. 2023): add tasks, or forget them by ``-vector``.
+
+    Vectors of linearized fine-tuning give a `talos_fast.linear.Linearized` around the base instead: a module that
+    computes f(x, θ0) + alpha J Σ_t w_t τ_t.
 
     Args:
         base: the pre-trained model; copied unless ``inplace``.
         vectors: of this base.
         alpha: one coefficient for all; `search_alpha` finds it.
         weights: one a vector, times ``alpha``.
-        method: "task_arithmetic".
+        method: how the vectors become one: "task_arithmetic" is their sum; "ties", "dare_linear", "dare_ties",
+            "magnitude_prune", "breadcrumbs" and "consensus" are in `talos_fast.merging`.
         inplace: edit ``base`` itself.
         check_base: refuse a model that is not the vectors' base.
+        **options: of the method, such as ``density``.
 
     Raises:
-        TalosError: no vector, another base, unknown names or shapes; nothing is written then.
+        TalosError: no vector, another base, unknown names or shapes, an unknown method or option, or ``inplace`` with
+            vectors of linearized fine-tuning; nothing is written then.
     """
-    if method not in METHODS:
-        raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
-    vector = combine(vectors, weights)
+    vector = combine(vectors, weights, method, **options)
     if check_base:
         require_base(vector.base, base, "the task vector")
-    edited = base if inplace else copy.deepcopy(base)
-    Edit(edited, vector.deltas).move(alpha)
-    return edited
+    if inplace:
+        require_parameters(vector, "inplace=True")
+    model, edit = edited(base if inplace else copy.deepcopy(base), vector)
+    edit.move(alpha)
+    return model
 
 
 @dataclass(frozen=True)
@@ -109,6 +99,14 @@ class AlphaSearch:
         """Everything, as JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "AlphaSearch":
+        """What `to_json` gave, before or after a file."""
+        trials = tuple(
+            Trial(t["alpha"], tuple(t["accuracies"]), tuple(t["normalized"]), t["control"]) for t in content["trials"]
+        )
+        return cls(**{**content, "trials": trials, "references": tuple(content["references"])})
+
 
 def search_alpha(
     base: nn.Module,
@@ -118,6 +116,8 @@ def search_alpha(
     control: Evaluate | None = None,
     control_floor: float = 0.95,
     grid: Sequence[float] | None = None,
+    method: str = "task_arithmetic",
+    **options: Any,
 ) -> AlphaSearch:
     """Finds α for θ0 + α Σ_t τ_t on validation data; ``base`` is edited meanwhile and left bit-identical.
 
@@ -137,9 +137,12 @@ def search_alpha(
         control: ``model -> accuracy`` of the control task.
         control_floor: fraction of the control accuracy to keep.
         grid: the α to try; default 0, 0.05, …, 1.
+        method: how the vectors become one, as in `merge`; α scales the result.
+        **options: of the method.
 
     Raises:
-        TalosError: no vector, another number of evaluators, an empty grid, another base, or no α keeps the control.
+        TalosError: no vector, another number of evaluators, an empty grid, another base, an unknown method or option,
+            or no α keeps the control.
     """
     evaluators = [evaluate] if callable(evaluate) else list(evaluate)
     alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
@@ -147,33 +150,57 @@ def search_alpha(
         raise TalosError(f"{len(evaluators)} evaluators for {len(vectors)} task vectors; give one a vector")
     if not alphas:
         raise TalosError("the grid is empty; give at least one alpha")
-    vector = combine(vectors)
+    vector = combine(vectors, None, method, **options)
     require_base(vector.base, base, "the task vector")
     untouched = None if control is None else float(control(base))
     if control is None:
         references = tuple(_alone(base, single, judge) for single, judge in zip(vectors, evaluators, strict=True))
     else:
         references = tuple(float(judge(base)) for judge in evaluators)
-    edit, trials = Edit(base, vector.deltas), []
+    model, edit = edited(base, vector)
+    accuracies, controls = [], []
     try:
         for alpha in alphas:
             edit.move(alpha)
-            found = tuple(float(judge(base)) for judge in evaluators)
-            normalized = tuple(a / r if r else 0.0 for a, r in zip(found, references, strict=True))
-            trials.append(Trial(alpha, found, normalized, None if control is None else float(control(base))))
+            accuracies.append(tuple(float(judge(model)) for judge in evaluators))
+            controls.append(None if control is None else float(control(model)))
     finally:
         edit.revert()
-    chosen, why = _add(trials) if untouched is None else _negate(trials, control_floor * untouched)
-    return AlphaSearch(chosen.alpha, tuple(trials), references, untouched, why)
+    return choose_alpha(alphas, accuracies, controls, references, untouched, control_floor)
+
+
+def choose_alpha(
+    alphas: Sequence[float],
+    accuracies: Sequence[tuple[float, ...]],
+    controls: Sequence[float | None],
+    references: tuple[float, ...],
+    control: float | None,
+    control_floor: float = 0.95,
+) -> AlphaSearch:
+    """Chooses α as `search_alpha` does, from what was measured at each.
+
+    Args:
+        alphas: ascending.
+        accuracies: of every task, at each α.
+        controls: the control's, at each α.
+        references: see `AlphaSearch`.
+        control: the pre-trained model's control accuracy; None for addition.
+        control_floor: fraction of it to keep.
+
+    Raises:
+        TalosError: no α keeps the control.
+    """
+    trials = [
+        Trial(alpha, found, tuple(a / r if r else 0.0 for a, r in zip(found, references, strict=True)), kept)
+        for alpha, found, kept in zip(alphas, accuracies, controls, strict=True)
+    ]
+    chosen, why = _add(trials) if control is None else _negate(trials, control_floor * control)
+    return AlphaSearch(chosen.alpha, tuple(trials), references, control, why)
 
 
 def _alone(base: nn.Module, vector: TaskVector, judge: Evaluate) -> float:
-    edit = Edit(base, vector.deltas)
-    try:
-        edit.move(1.0)
-        return float(judge(base))
-    finally:
-        edit.revert()
+    with moved(base, vector) as model:
+        return float(judge(model))
 
 
 def _mean(values: Sequence[float]) -> float:

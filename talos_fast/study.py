@@ -1,25 +1,24 @@
 """A study: every task fine-tuned by every method, added, and negated; what `talos-fast demo` runs."""
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from talos_fast.calibrate import calibrate, restored
-from talos_fast.edit import Edit
-from talos_fast.evaluate import evaluate
+from talos_fast.cells import Cells
+from talos_fast.evaluate import evaluate_along
 from talos_fast.finetune import finetune
 from talos_fast.forward import Batches, default_forward, device_of, to_device
 from talos_fast.mask import Mask
-from talos_fast.merge import AlphaSearch, combine, search_alpha
+from talos_fast.merge import GRID, AlphaSearch, choose_alpha
+from talos_fast.merging import combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Split, Task
@@ -43,13 +42,18 @@ class Plan:
     """What a study does.
 
     Args:
-        learning_rates: method -> the rates it chooses from, by mean single-task validation accuracy; as many for each.
+        learning_rates: method -> the rates it chooses from, ascending, by mean single-task validation accuracy; as
+            many for each.
+        extend: how many rates beyond an end of these a method may try, in the same proportion, while an end is best.
+        selection: the rate is chosen on the first tasks, this many; None: on all.
         steps: of fine-tuning a task.
         batch_size: of everything.
-        density: of the masks.
+        density: of the masks of TaLoS and LoTA.
         samples: inputs to calibrate on.
+        calibration: further options of `calibrate`.
         weight_decay: of fine-tuning.
         limit: at most this many examples of a validation split.
+        test_limit: at most this many of a test split.
         control_floor: fraction of the control accuracy that negation keeps.
         seed: of everything.
     """
@@ -59,20 +63,24 @@ class Plan:
     batch_size: int = 32
     density: float = 0.1
     samples: int = 256
+    calibration: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.1
+    extend: int = 0
+    selection: int | None = None
     limit: int | None = None
+    test_limit: int | None = None
     control_floor: float = 0.95
     seed: int = 0
 
 
 @dataclass
 class MethodResult:
-    """One method's row; accuracies on test data, in [0, 1], by task."""
+    """One method's row; accuracies on test data, in [0, 1], by task; seconds of calibration and training, all tasks."""
 
     method: str
     lr: float
     validation_by_lr: dict[str, float]
-    single: dict[str, float]
+    single: dict[str, float] = field(default_factory=dict)
     added: dict[str, float] = field(default_factory=dict)
     addition: AlphaSearch | None = None
     target: dict[str, float] = field(default_factory=dict)
@@ -112,41 +120,102 @@ class Study:
         control: what negation must not harm.
         plan: see `Plan`.
         progress: bars on a terminal.
+        cells: where finished parts are kept; by default in memory.
+        stand_in: the control when the task being negated is the control itself.
     """
 
     def __init__(
-        self, backbone: Backbone, tasks: Sequence[Task], control: Task, plan: Plan, progress: bool = True
-    ) -> None:
+        self, backbone: Backbone, tasks: Sequence[Task], control: Task, plan: Plan, progress: bool = True,
+        cells: Cells | None = None, stand_in: Task | None = None,
+    ) -> None:  # fmt: skip
         self._backbone, self._tasks, self._control, self._plan = backbone, list(tasks), control, plan
-        self._progress = progress
+        self._progress, self._cells, self._stand_in = progress, cells or Cells(), stand_in
         # Before any fine-tuning: heads may be computed with the encoder.
-        self._classifiers: dict[str, Classifier] = {task.name: backbone.classifier(task) for task in [*tasks, control]}
+        everything = {task.name: task for task in [*tasks, control, *([stand_in] if stand_in else [])]}
+        self._classifiers: dict[str, Classifier] = {
+            name: backbone.classifier(task) for name, task in everything.items()
+        }
         self._base = self._classifiers[control.name]
+        self._nothing = TaskVector.from_deltas({})
         self._validation: dict[str, Batches] = {}
 
     def run(self) -> StudyResult:
         """Calibrates, fine-tunes, adds and negates."""
-        zero_shot = {task.name: self._test(task) for task in self._tasks}
-        start = time.perf_counter()
-        masks = {task.name: self._calibrate(task) for task in self._bar(self._tasks, "calibrate")}
-        calibration = time.perf_counter() - start
+        zero_shot, control = self.zero_shot()
+        masks = {task.name: self.mask(task) for task in self._bar(self._tasks, "calibrate")}
         rows, vectors = [], {}
-        for method, rates in self._plan.learning_rates.items():
-            row, vectors[method] = self._learn(method, rates, masks)
-            row.seconds += calibration / len(rates) if method == "talos" else 0.0
-            self._add(row, vectors[method])
-            self._negate(row, vectors[method])
-            rows.append(row)
-        return StudyResult(self._plan, zero_shot, self._test(self._control), rows, masks, vectors, calibration)
+        for method in self._plan.learning_rates:
+            row, vectors[method] = self.learn(method)
+            rows.append(self.edit(row, vectors[method]))
+        seconds = sum(mask.info["seconds"] for mask in masks.values())
+        return StudyResult(self._plan, zero_shot, control, rows, masks, vectors, seconds)
 
-    def predict(self, task: Task, limit: int) -> Callable[[Any], Tensor]:
-        """A function that gives the shared encoder's classes on ``limit`` validation inputs of a task."""
-        classifier, device = self._classifiers[task.name], device_of(self._base)
+    def zero_shot(self) -> tuple[dict[str, float], float]:
+        """Test accuracies of the pre-trained model: on each task, and on the control."""
+
+        def measure() -> dict[str, Any]:
+            tasks = {task.name: self._test(task, self._nothing) for task in self._tasks}
+            return {"tasks": tasks, "control": self._test(self._control, self._nothing)}
+
+        found = self._cells.value("zero_shot", measure)
+        return found["tasks"], found["control"]
+
+    def mask(self, task: Task) -> Mask:
+        """The TaLoS mask of a task."""
+        plan = self._plan
+
+        def make() -> Mask:
+            batches = self._backbone.batches(task.train, batch_size=plan.batch_size, seed=plan.seed, limit=plan.samples)
+            return calibrate(
+                self._classifiers[task.name], batches,
+                density=plan.density, seed=plan.seed, progress=False, **plan.calibration,
+            )  # fmt: skip
+
+        return self._cells.mask(f"masks/{task.name}", make)
+
+    def row(self, method: str) -> dict[str, Any]:
+        """`learn` and `edit` as JSON, measured once."""
+        return self._cells.value(f"{method}/result", lambda: self.edit(*self.learn(method)).to_json())
+
+    def rate(self, method: str) -> dict[str, Any]:
+        """The learning rate of a method, one for all tasks, and the mean validation accuracy of every rate it tried."""
+        return self._cells.value(f"{method}/rate", lambda: self._choose_rate(method))
+
+    def learn(self, method: str) -> tuple[MethodResult, dict[str, TaskVector]]:
+        """Fine-tunes every task by one method, at its best rate."""
+        rate = self.rate(method)
+        runs = self._bar(self._tasks, f"{method}: fine-tune")
+        seconds = sum(self._trained(method, rate["lr"], task)["seconds"] for task in runs)
+        vectors = {task.name: self._vector(method, rate["lr"], task) for task in self._tasks}
+        row = MethodResult(method, rate["lr"], rate["validation_by_lr"], seconds=seconds)
+        row.vector_bytes = {name: vector.info.get("factor_bytes", vector.nbytes) for name, vector in vectors.items()}
+        return row, vectors
+
+    def edit(self, row: MethodResult, vectors: dict[str, TaskVector]) -> MethodResult:
+        """Completes a row: tests every vector alone, adds all, and negates each."""
+        row.single = {task.name: self._test(task, vectors[task.name]) for task in self._tasks}
+        merged = combine(list(vectors.values()))
+        row.addition = self._search_addition(vectors, merged)
+        row.added = {task.name: self._test(task, merged, row.addition.alpha) for task in self._tasks}
+        for task in self._bar(self._tasks, f"{row.method}: negate"):
+            forget, control = -vectors[task.name], self._control_of(task)
+            found = row.negation[task.name] = self._search_negation(task, control, forget)
+            row.target[task.name] = self._test(task, forget, found.alpha)
+            row.control[task.name] = self._test(control, forget, found.alpha)
+        return row
+
+    def classifier(self, task: Task) -> Classifier:
+        """The shared encoder with the head of a task."""
+        return self._classifiers[task.name]
+
+    def predict(self, task: Task, limit: int) -> Callable[[nn.Module], Tensor]:
+        """A function that gives a model's classes on ``limit`` validation inputs of a task."""
+        device = device_of(self._base)
         batches = [to_device(batch, device) for batch in self.batches(task.validation, limit=limit)]
 
         @torch.no_grad()
-        def classes(_: Any) -> Tensor:
-            return torch.cat([default_forward(classifier, batch).argmax(-1).cpu() for batch in batches])
+        def classes(model: nn.Module) -> Tensor:
+            return torch.cat([default_forward(model, batch).argmax(-1).cpu() for batch in batches])
 
         return classes
 
@@ -163,76 +232,88 @@ class Study:
     def _bar(self, items: Sequence[Any], label: str) -> Any:
         return tqdm(items, label, disable=None if self._progress else True, leave=False)
 
-    def _calibrate(self, task: Task) -> Mask:
-        plan = self._plan
-        batches = self._backbone.batches(task.train, batch_size=plan.batch_size, seed=plan.seed, limit=plan.samples)
-        return calibrate(self._classifiers[task.name], batches, density=plan.density, seed=plan.seed, progress=False)
+    def _choose_rate(self, method: str) -> dict[str, Any]:
+        plan, rates = self._plan, list(self._plan.learning_rates[method])
+        chosen_on, scores = self._tasks[: plan.selection], dict[float, float]()
+        for number in range(plan.extend + 1):
+            new = [rate for rate in rates if rate not in scores]
+            runs = self._bar([(lr, task) for lr in new for task in chosen_on], f"{method}: choose a rate")
+            found = {(lr, task.name): self._trained(method, lr, task)["validation"] for lr, task in runs}
+            scores |= {lr: sum(found[lr, task.name] for task in chosen_on) / len(chosen_on) for lr in new}
+            best = max(rates, key=lambda lr: scores[lr])
+            if number == plan.extend or best not in (rates[0], rates[-1]):
+                break
+            rates = _extended(rates, best)
+        for lr, task in ((lr, task) for lr in rates if lr != best for task in chosen_on):
+            self._cells.drop(f"{method}/{lr:g}/{task.name}")
+        return {"lr": best, "validation_by_lr": {f"{lr:g}": scores[lr] for lr in rates}}
 
-    def _finetune(self, method: str, lr: float, task: Task, mask: Mask | None) -> tuple[TaskVector, float]:
-        """The vector of a task, and its validation accuracy; the shared encoder is restored afterwards."""
+    def _trained(self, method: str, lr: float, task: Task) -> dict[str, Any]:
+        """The validation accuracy of a task's vector, and the seconds it took, with all that its method needs first."""
+
+        def make() -> dict[str, Any]:
+            vector = self._vector(method, lr, task)
+            (accuracy,) = self._validate(task, vector, [1.0])
+            seconds = vector.info["seconds"]
+            if method == "talos":
+                seconds += self.mask(task).info["seconds"]
+            elif method == "lota" and (rate := self._full_rate()):
+                seconds += self._trained("nonlinear", rate, task)["seconds"]
+            return {"validation": accuracy, "seconds": seconds, "last_loss": vector.info["last_loss"]}
+
+        return self._cells.value(f"{method}/{lr:g}/{task.name}", make)
+
+    def _vector(self, method: str, lr: float, task: Task) -> TaskVector:
+        return self._cells.vector(f"{method}/{lr:g}/{task.name}", lambda: self._finetune(method, lr, task))
+
+    def _full_rate(self) -> float | None:
+        """The rate of full fine-tuning, if it is one of the methods: LoTA then starts from its vectors."""
+        return self.rate("nonlinear")["lr"] if "nonlinear" in self._plan.learning_rates else None
+
+    def _finetune(self, method: str, lr: float, task: Task) -> TaskVector:
+        """The vector of a task; the shared encoder is restored afterwards."""
         classifier, plan = self._classifiers[task.name], self._plan
+        options: dict[str, Any] = {}
+        if method == "talos":
+            options = {"mask": self.mask(task)}
+        elif method == "lota":
+            rate = self._full_rate()
+            options = {"density": plan.density, "finetuned": rate and self._vector("nonlinear", rate, task)}
         batches = self._backbone.batches(task.train, batch_size=plan.batch_size, shuffle=True, seed=plan.seed)
         with restored(dict(classifier.named_parameters())):
-            vector = finetune(
-                classifier, batches, method=method, mask=mask, steps=plan.steps, lr=lr,
-                weight_decay=plan.weight_decay, seed=plan.seed, progress=False,
+            return finetune(
+                classifier, batches, method=method, steps=plan.steps, lr=lr,
+                weight_decay=plan.weight_decay, seed=plan.seed, progress=False, **options,
             )  # fmt: skip
-            return vector, self._validate(task)
 
-    def _learn(
-        self, method: str, rates: Sequence[float], masks: dict[str, Mask]
-    ) -> tuple[MethodResult, dict[str, TaskVector]]:
-        """Every task at every rate; the rate with the highest mean validation accuracy wins, one for all tasks."""
-        start, found = time.perf_counter(), {}
-        for lr, task in self._bar([(lr, task) for lr in rates for task in self._tasks], f"{method}: fine-tune"):
-            mask = masks[task.name] if method == "talos" else None
-            found[lr, task.name] = self._finetune(method, lr, task, mask)
-        mean = {lr: sum(found[lr, task.name][1] for task in self._tasks) / len(self._tasks) for lr in rates}
-        best = max(rates, key=lambda lr: mean[lr])
-        vectors = {task.name: found[best, task.name][0] for task in self._tasks}
-        seconds = (time.perf_counter() - start) / len(rates)
-        single = {task.name: self._test(task, vectors[task.name]) for task in self._tasks}
-        sizes = {name: vector.nbytes for name, vector in vectors.items()}
-        row = MethodResult(method, best, {f"{lr:g}": value for lr, value in mean.items()}, single, seconds=seconds)
-        row.vector_bytes = sizes
-        return row, vectors
+    def _search_addition(self, vectors: dict[str, TaskVector], merged: TaskVector) -> AlphaSearch:
+        references = tuple(self._validate(task, vectors[task.name], [1.0])[0] for task in self._tasks)
+        by_task = [self._validate(task, merged, GRID) for task in self._tasks]
+        return choose_alpha(GRID, list(zip(*by_task, strict=True)), [None] * len(GRID), references, None)
 
-    def _add(self, row: MethodResult, vectors: dict[str, TaskVector]) -> None:
-        judges = [self._judge(task) for task in self._tasks]
-        chosen = list(vectors.values())
-        row.addition = search_alpha(self._base, chosen, evaluate=judges)
-        merged = combine(chosen)
-        row.added = {task.name: self._test(task, merged, row.addition.alpha) for task in self._tasks}
+    def _search_negation(self, task: Task, control: Task, forget: TaskVector) -> AlphaSearch:
+        (target,), (kept,) = (self._validate(judge, self._nothing, [0.0]) for judge in (task, control))
+        targets, controls = (self._validate(judge, forget, GRID) for judge in (task, control))
+        return choose_alpha(
+            GRID, [(accuracy,) for accuracy in targets], controls, (target,), kept, self._plan.control_floor
+        )
 
-    def _negate(self, row: MethodResult, vectors: dict[str, TaskVector]) -> None:
-        for task in self._bar(self._tasks, f"{row.method}: negate"):
-            forget = -vectors[task.name]
-            search = search_alpha(
-                self._base, [forget], evaluate=self._judge(task), control=self._judge(self._control),
-                control_floor=self._plan.control_floor,
-            )  # fmt: skip
-            row.negation[task.name] = search
-            row.target[task.name] = self._test(task, forget, search.alpha)
-            row.control[task.name] = self._test(self._control, forget, search.alpha)
+    def _control_of(self, task: Task) -> Task:
+        return self._stand_in if self._stand_in is not None and task.name == self._control.name else self._control
 
-    def _validate(self, task: Task) -> float:
+    def _validate(self, task: Task, vector: TaskVector, alphas: Sequence[float]) -> list[float]:
         if task.name not in self._validation:
             self._validation[task.name] = prepared(self.batches(task.validation, limit=self._plan.limit))
-        return float(evaluate(self._classifiers[task.name], self._validation[task.name]))
+        found = evaluate_along(self._classifiers[task.name], vector, self._validation[task.name], alphas)
+        return [float(accuracy) for accuracy in found]
 
-    def _judge(self, task: Task) -> Callable[[Any], float]:
-        # The classifiers share the encoder that is being edited, so each is judged through its own head.
-        return lambda _: self._validate(task)
+    def _test(self, task: Task, vector: TaskVector, alpha: float = 1.0) -> float:
+        batches = self.batches(task.test, limit=self._plan.test_limit)
+        return float(evaluate_along(self._classifiers[task.name], vector, batches, [alpha])[0])
 
-    def _test(self, task: Task, vector: TaskVector | None = None, alpha: float = 1.0) -> float:
-        with self._edited(vector, alpha):
-            return float(evaluate(self._classifiers[task.name], self.batches(task.test)))
 
-    @contextmanager
-    def _edited(self, vector: TaskVector | None, alpha: float) -> Iterator[None]:
-        edit = Edit(self._base, {} if vector is None else vector.deltas)
-        try:
-            edit.move(alpha)
-            yield
-        finally:
-            edit.revert()
+def _extended(rates: list[float], end: float) -> list[float]:
+    """The rates with one more beyond an end, in the proportion of the two there."""
+    if end == rates[-1]:
+        return [*rates, rates[-1] * rates[-1] / rates[-2]]
+    return [rates[0] * rates[0] / rates[1], *rates]

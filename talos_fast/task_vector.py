@@ -1,19 +1,17 @@
-"""`TaskVector`: for each parameter name, the entries that moved and by how much; sparse from end to end."""
+"""`TaskVector`: the difference of two models: made from them, applied to one, saved and fetched."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import ModelHubMixin
-from torch import Tensor
 
 from talos_fast import vector_file
 from talos_fast.delta import SparseDelta
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
-from talos_fast.fingerprint import Fingerprint, Target, base_numel, fingerprint, join, named_tensors, require_base
-from talos_fast.mask import Mask
+from talos_fast.fingerprint import Fingerprint, Target, fingerprint, named_tensors, require_base
+from talos_fast.sparse_vector import SparseVector
 
 CARD = """---
 {{ card_data }}
@@ -32,6 +30,7 @@ model = talos.merge(base, [vector], alpha=1.0)  # and talos.merge(base, [-vector
 
 
 class TaskVector(
+    SparseVector,
     ModelHubMixin,
     library_name="talos-fast",
     tags=["task-vector", "task-arithmetic", "sparse"],
@@ -72,86 +71,10 @@ class TaskVector(
         identity = fingerprint(base if isinstance(pretrained, str | Path) else pretrained)
         self._set({name: d for name, d in deltas.items() if len(d.values)}, identity, info)
 
-    @classmethod
-    def from_deltas(
-        cls,
-        deltas: Mapping[str, SparseDelta],
-        *,
-        base: Fingerprint | None = None,
-        info: Mapping[str, Any] | None = None,
-    ) -> "TaskVector":
-        """A vector from its parts; without ``base`` it can be applied to any model of fitting names and shapes."""
-        vector = cls.__new__(cls)
-        vector._set(deltas, base or {}, info)
-        return vector
-
     def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
-        self.deltas: dict[str, SparseDelta] = dict(deltas)
-        self.base: Fingerprint = dict(base)
-        self.info: dict[str, Any] = dict(info or {})
+        super()._set(deltas, base, info)
         self._edits: dict[int, tuple[Target, Edit]] = {}
         self._hub_mixin_config = None  # everything is in our own files; no config.json of constructor arguments
-
-    # Arithmetic
-
-    def __add__(self, other: "TaskVector") -> "TaskVector":
-        if not isinstance(other, TaskVector):
-            return NotImplemented
-        deltas = dict(self.deltas)
-        for name, delta in other.deltas.items():
-            mine = deltas.get(name)
-            if mine is not None and mine.shape != delta.shape:
-                raise TalosError(f"{name!r}: vectors of shapes {mine.shape} and {delta.shape} cannot be added")
-            deltas[name] = delta if mine is None else mine.plus(delta)
-        return TaskVector.from_deltas(deltas, base=join(self.base, other.base, "these task vectors"))
-
-    def __radd__(self, other: object) -> "TaskVector":
-        """Lets ``sum([a, b, c])`` start from 0."""
-        if other == 0:
-            return self
-        return NotImplemented
-
-    def __mul__(self, factor: float) -> "TaskVector":
-        if not isinstance(factor, int | float):
-            return NotImplemented
-        scaled = {name: delta.scaled(factor) for name, delta in self.deltas.items()}
-        return TaskVector.from_deltas(scaled, base=self.base, info=self.info)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> "TaskVector":
-        return self * (1.0 / divisor)
-
-    def __neg__(self) -> "TaskVector":
-        return self * -1.0
-
-    def __sub__(self, other: "TaskVector") -> "TaskVector":
-        if not isinstance(other, TaskVector):
-            return NotImplemented
-        return self + (-other)
-
-    def dot(self, other: "TaskVector") -> float:
-        """The inner product of the two deltas."""
-        return sum(delta.dot(other.deltas[name]) for name, delta in self.deltas.items() if name in other.deltas)
-
-    def norm(self) -> float:
-        """The Euclidean norm."""
-        return math.sqrt(sum(float(delta.values.double().square().sum()) for delta in self.deltas.values()))
-
-    def cosine(self, other: "TaskVector") -> float:
-        """dot(a, b) / (|a| |b|), 0 if either is zero."""
-        norms = self.norm() * other.norm()
-        return self.dot(other) / norms if norms else 0.0
-
-    def mask(self) -> Mask:
-        """The entries that moved, as a `Mask`."""
-        return Mask({name: delta.support() for name, delta in self.deltas.items()}, base=self.base)
-
-    def overlap(self, other: "TaskVector") -> dict[str, float]:
-        """Jaccard index of the entries that moved, by name and ``"total"``; see `Mask.overlap`."""
-        return self.mask().overlap(other.mask())
-
-    # Application
 
     def apply_to(self, target: Target, scaling_coef: float = 1.0, *, check_base: bool = True) -> Target:
         """Adds ``scaling_coef`` times the vector, in place; `revert` takes it back bit for bit.
@@ -186,39 +109,6 @@ class TaskVector(
             raise TalosError("this task vector is not applied to this model; apply_to comes first")
         self._edits.pop(id(target))[1].revert()
         return target
-
-    def to_dense(self) -> dict[str, Tensor]:
-        """Name -> fp32 delta of the parameter's shape, for the tensors that moved."""
-        return {name: delta.dense() for name, delta in self.deltas.items()}
-
-    # Facts
-
-    def __len__(self) -> int:
-        return len(self.deltas)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.deltas)
-
-    def __repr__(self) -> str:
-        return f"TaskVector({len(self)} tensors, {self.nnz:,} entries moved, {self.nbytes / 1e6:.2f} MB)"
-
-    @property
-    def nnz(self) -> int:
-        """How many entries moved."""
-        return sum(len(delta.values) for delta in self.deltas.values())
-
-    @property
-    def density(self) -> float:
-        """Entries that moved, as a fraction of the base (of the moved tensors, if the base is unknown)."""
-        total = base_numel(self.base) or sum(delta.numel for delta in self.deltas.values())
-        return self.nnz / total if total else 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors in the file that `save_pretrained` writes."""
-        return sum(delta.nbytes for delta in self.deltas.values())
-
-    # Files
 
     def save_pretrained(
         self,

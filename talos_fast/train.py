@@ -1,29 +1,25 @@
 """The one trainer: batches through a forward, a loss, accumulation, clipping, a schedule, and an optimizer step."""
 
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from talos_fast.checkpoint import Checkpoint, Position, Progress, RandomState
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Batches, checked_logits, to_device
+from talos_fast.forward import Batch, Batches
+from talos_fast.interrupt import interruptible
 from talos_fast.methods import Setup
+from talos_fast.step import Amp, Loss, Step
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Schedule = Literal["cosine", "constant"]
-Amp = Literal["auto", "bf16", "off"]
 
 SAVE_EVERY_SECONDS = 60.0
 
@@ -74,17 +70,16 @@ class Trainer:
         loss: Loss,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self._setup, self._model, self._batches, self._recipe, self._loss = setup, model, batches, recipe, loss
-        self._checkpoint = checkpoint
-        self._parameters = list(setup.trained.values())
-        self._device = self._parameters[0].device
-        bf16 = recipe.amp == "bf16" or (
-            recipe.amp == "auto" and self._device.type == "cuda" and self._parameters[0].dtype is torch.float32
-        )
-        self._autocast: Any = torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext()
-        self._random = RandomState(batches, self._device)
-        self._position = Position()
-        self.last_loss = math.nan
+        self._setup, self._batches, self._recipe, self._checkpoint = setup, batches, recipe, checkpoint
+        self._step = Step(setup, model, loss, clip=recipe.clip, accumulate=recipe.accumulate, amp=recipe.amp)
+        self._random = RandomState(batches, self._step.device)
+        self._reached: deque[Progress] = deque()  # after updates of which it is not yet known whether they were good
+        self._good = 0
+
+    @property
+    def last_loss(self) -> float:
+        """Of the last batch."""
+        return self._step.last_loss
 
     def run(self, progress: bool) -> None:
         """Trains to the end; the caller's random state is left as it was.
@@ -93,11 +88,15 @@ class Trainer:
             TalosError: no batch; NaN or infinite logits, loss or gradient (the batch is named, its step is not taken).
             KeyboardInterrupt: Ctrl-C, after the step that was running and its checkpoint.
         """
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+        device = self._step.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self._recipe.seed)
-            self._epoch_random = self._step_random = self._random.get()
+            self._epoch_random = self._random.get()
+            self._progress = Progress(Position(), self._epoch_random, self._epoch_random)
             resumed = self._resume()
-            if self._position.step >= self._recipe.steps:
+            if self._progress.position.step >= self._recipe.steps:
+                # What comes next goes on as after a run that was not interrupted.
+                self._random.set(self._progress.step_random)
                 return
             try:
                 with interruptible() as interrupted:
@@ -107,21 +106,19 @@ class Trainer:
                 self._save()
 
     def _loop(self, resumed: bool, interrupted: Callable[[], bool], progress: bool) -> None:
-        done, last_save = self._position.step, time.monotonic()
+        done, last_save = self._progress.position.step, time.monotonic()
         hidden = None if progress else True
         bar = tqdm(total=self._recipe.steps, initial=done, desc="train", disable=hidden, leave=False)
         waiting = 0
         with bar:
             for epoch, index, batch in self._stream(resumed):
                 where = f"epoch {epoch}, batch {index}"
-                self._backward(batch, where)
+                self._step.backward(batch, where)
                 waiting += 1
                 if waiting < self._recipe.accumulate:
                     continue
-                self._update(where)
+                self._update(where, Position(done + 1, epoch, index + 1))
                 waiting, done = 0, done + 1
-                self._position = Position(done, epoch, index + 1)
-                self._step_random = self._random.get()
                 bar.update()
                 if done == self._recipe.steps:
                     return
@@ -133,7 +130,7 @@ class Trainer:
 
     def _stream(self, resumed: bool) -> Iterator[tuple[int, int, Batch]]:
         """(epoch, index, batch) from the current position, epoch after epoch."""
-        epoch, skip = self._position.epoch, self._position.batch
+        epoch, skip = self._progress.position.epoch, self._progress.position.batch
         while True:
             if resumed:
                 self._random.set(self._epoch_random)
@@ -146,7 +143,7 @@ class Trainer:
             deque(islice(iterator, skip), maxlen=0)
             if resumed:
                 # The order of the batches came from the epoch's start; all else goes on from the last step.
-                self._random.set(self._step_random)
+                self._random.set(self._progress.step_random)
             count = skip
             for count, batch in enumerate(iterator, skip + 1):
                 yield epoch, count - 1, batch
@@ -154,55 +151,33 @@ class Trainer:
                 raise TalosError(f"epoch {epoch}: there is no batch (an iterator can be read only once; pass a list)")
             epoch, skip, resumed = epoch + 1, 0, False
 
-    def _backward(self, batch: Batch, where: str) -> None:
-        batch = to_device(batch, self._device)
-        with self._autocast:
-            logits, labels = checked_logits(self._setup.forward, self._model, batch, where)
-            loss = self._loss(logits.float() if logits.dtype != torch.float64 else logits, labels)
-        self.last_loss = float(loss.detach())
-        if not math.isfinite(self.last_loss):
-            raise TalosError(f"{where}: the loss is {self.last_loss}; the step was not taken")
-        (loss / self._recipe.accumulate).backward()
+    def _update(self, where: str, position: Position) -> None:
+        self._step.clip(where, then=self._count_good)
+        self._step.update(self._recipe.lr_at(position.step - 1))
+        self._step.release()
+        self._reached.append(Progress(position, self._epoch_random, self._random.get()))
+        self._advance()
 
-    def _update(self, where: str) -> None:
-        limit = math.inf if self._recipe.clip is None else self._recipe.clip
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, limit))
-        if not math.isfinite(norm):
-            raise TalosError(f"{where}: the norm of the gradient is {norm}; the step was not taken")
-        for group in self._setup.optimizer.param_groups:
-            group["lr"] = self._recipe.lr_at(self._position.step)
-        self._setup.optimizer.step()
-        self._setup.optimizer.zero_grad(set_to_none=True)
+    def _count_good(self) -> None:
+        self._good += 1
+
+    def _advance(self) -> None:
+        """Progress is made by steps that are both taken and known to be good."""
+        while self._good and self._reached:
+            self._progress = self._reached.popleft()
+            self._good -= 1
 
     def _resume(self) -> bool:
         found = self._checkpoint.load(self._setup.trained, self._setup.optimizer) if self._checkpoint else None
         if found is None:
             return False
-        self._position, self._epoch_random, self._step_random = found.position, found.epoch_random, found.step_random
+        self._progress, self._epoch_random = found, found.epoch_random
         return True
 
     def _save(self) -> None:
-        if self._checkpoint:
-            progress = Progress(self._position, self._epoch_random, self._step_random)
-            self._checkpoint.save(self._setup.trained, self._setup.optimizer, progress)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that the running step completes; a second one interrupts at once."""
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        try:
+            self._step.watch.settle()
+        finally:
+            self._advance()
+            if self._checkpoint:
+                self._checkpoint.save(self._setup.trained, self._setup.optimizer, self._progress)

@@ -32,7 +32,7 @@ def save(
     for name, delta in deltas.items():
         tensors |= storage.pack_selection(name, delta.indices, delta.numel)
         if replace_from is not None:
-            tensors[f"{name}.values"] = delta.applied(gather(replace_from[name].cpu(), delta.indices), 1.0)
+            tensors[f"{name}.values"] = delta.applied(gather(replace_from[name].cpu(), delta.indices))
             continue
         tensors[f"{name}.values"] = delta.values
         if delta.rest is not None:

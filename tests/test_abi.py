@@ -1,4 +1,6 @@
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,6 +30,28 @@ def test_one_binary_for_every_python(name):
     assert ".abi3." in path.name
     private = [s for s in abi.imported_symbols(path) if s.startswith("_Py") and not s.startswith("_Py_")]
     assert private == []
+
+
+def cuobjdump():
+    """NVIDIA's reader of GPU code: of the toolkit, else the one that Triton brings."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/cuobjdump"
+    triton = importlib.util.find_spec("triton")
+    folders = [] if triton is None or triton.origin is None else [Path(triton.origin).parent]
+    bundled = [folder / "backends/nvidia/bin/cuobjdump" for folder in folders]
+    found = [shutil.which("cuobjdump"), *(str(path) for path in (home, *bundled) if path.is_file())]
+    return next((path for path in found if path), None)
+
+
+def test_gpu_code_keeps_everything_in_registers():
+    if (tool := cuobjdump()) is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
+    said = abi.output(tool, "-res-usage", str(library("_C_cuda")))
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", said)
+    # Spilled registers lie in the stack frame.
+    assert [name for name, _, stack, local in kernels if (stack, local) != ("0", "0")] == []
+    architectures = set(re.findall(r"arch = (sm_\d+)", said))
+    tensor_core = [name for name, *_ in kernels if "accumulate_mma" in name]
+    assert len(tensor_core) == 3 * len(architectures) > 0  # bfloat16, float16, fp32
 
 
 def test_the_check_knows_shims_and_their_versions():

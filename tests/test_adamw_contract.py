@@ -27,6 +27,7 @@ from torch.optim.optimizer import (
 from torch.optim.swa_utils import SWALR
 
 from talos_fast import MaskedAdam, TalosError
+from talos_fast.optim.clip import Clip
 
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
@@ -185,9 +186,9 @@ def test_scales_are_multiplied_and_clipping_is_consumed(place):
     give_gradients(scaled, 0, 12.0)
     optimizer.grad_scale = torch.tensor(4.0, device=device_of(place))
     optimizer.found_inf = torch.tensor(0.0, device=device_of(place))
-    optimizer._clip_scale = torch.tensor(3.0, device=device_of(place))
+    optimizer._clip = Clip(torch.tensor(12e3, device=device_of(place)), 1e3)  # of gradients that are still scaled
     optimizer.step()
-    assert optimizer._clip_scale is None
+    assert optimizer._clip is None
     del optimizer.grad_scale, optimizer.found_inf
     run(optimizer, scaled, [1])
     run(MaskedAdam(plain, masks=masks(), fused=True), plain, range(2))
@@ -201,7 +202,7 @@ def test_clipping_divides_on_every_path(place, options, given_masks):
     clipped, plain = parameters(place=place), parameters(place=place)
     optimizer = MaskedAdam(clipped, masks=given_masks, **options)
     give_gradients(clipped, 0, 4.0)
-    optimizer._clip_scale = torch.tensor(4.0, device=device_of(place))
+    optimizer._clip = Clip(torch.tensor(4e3, device=device_of(place)), 1e3)
     optimizer.step()
     run(MaskedAdam(plain, masks=given_masks, **options), plain, range(1))
     assert all(torch.equal(p, q) for p, q in zip(clipped, plain, strict=True))

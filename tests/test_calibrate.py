@@ -1,11 +1,18 @@
 """calibrate: the rounds, the damage, and what it leaves behind."""
 
+import os
+import signal
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from talos_fast import Mask, TalosError, calibrate
 from talos_fast.sensitivity import sensitivities
+from talos_fast.sensitivity.engine import wanted_rows
 
 
 def model() -> nn.Module:
@@ -64,6 +71,157 @@ def test_an_iterator_serves_all_rounds_and_seeds_repeat():
     net = model()
     assert calibrate(net, iter(batches()), progress=False) == calibrate(net, batches(), progress=False)
     assert calibrate(net, batches(), seed=1, progress=False) != calibrate(net, batches(), progress=False)
+
+
+def attention_net() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.Sequential(nn.Linear(6, 16), layer, nn.Flatten(), nn.Linear(48, 3)).eval()
+
+
+def sequences(samples: int = 24, size: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(4)
+    x, y = torch.randn(samples, 3, 6), torch.randint(0, 3, (samples,))
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_cannot_be_selected_any_more_are_left_out(dtype, monkeypatch):
+    """Rejected rows are dropped before the operator; the mask is the one of the full computation."""
+    net, data = attention_net().to(dtype), [(x.to(dtype), y) for x, y in sequences()]
+    sizes, full = [], []
+
+    def watched(kept):
+        rows = wanted_rows(kept)
+        sizes.append(kept.shape[0] if rows is None else len(rows))
+        full.append(kept.shape[0])
+        return None if full[-1] and all_rows else rows
+
+    monkeypatch.setattr("talos_fast.sensitivity.engine.wanted_rows", watched)
+    all_rows = False
+    some = calibrate(net, data, density=0.05, stability=False, progress=False)
+    assert 0 < sum(sizes) < 0.8 * sum(full)
+    all_rows = True
+    assert some == calibrate(net, data, density=0.05, stability=False, progress=False)
+
+
+def test_the_batch_size_does_not_change_the_mask():
+    net, exact = attention_net(), attention_net().double()
+    masks = [calibrate(net, sequences(24, size), progress=False) for size in (24, 8, 5, 1)]
+    assert all(masks[0].overlap(mask)["total"] >= 0.999 for mask in masks[1:])
+    doubled = [[(x.double(), y) for x, y in sequences(24, size)] for size in (24, 5)]
+    assert calibrate(exact, doubled[0], progress=False) == calibrate(exact, doubled[1], progress=False)
+
+
+def test_stability_is_the_agreement_of_the_halves():
+    """In one round it is the agreement of two masks that the halves give alone; more data raises it."""
+    net, data = attention_net(), sequences(48, 8)
+    mask = calibrate(net, data, rounds=1, estimator="empirical", progress=False)
+    halves = [calibrate(net, data[n::2], rounds=1, estimator="empirical", progress=False) for n in (0, 1)]
+    assert mask.info["stability"] == pytest.approx(halves[0].overlap(halves[1])["total"], abs=1e-4)
+    assert mask.info["samples"] == 48 and mask.info["seconds"] > 0
+    whole = calibrate(net, data, progress=False)
+    assert 0.1 < whole.info["stability"] < 1
+    assert calibrate(net, data[:1], progress=False).info["stability"] is None
+    apart = calibrate(net, data, stability=False, progress=False)
+    assert apart.info["stability"] is None and apart.overlap(whole)["total"] > 0.999
+
+
+def test_bf16_products_change_a_thousandth_of_the_mask():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3))
+    full, rounded = (calibrate(net, batches(), precision=p, progress=False) for p in ("full", "bf16"))
+    assert 0.98 < full.overlap(rounded)["total"] < 1
+    assert rounded.info["precision"] == "bf16"
+    with pytest.raises(TalosError, match="precision='fp8': choose 'full' or 'bf16'"):
+        calibrate(net, batches(), precision="fp8", progress=False)
+
+
+class Interrupting(list):
+    """Batches that press Ctrl-C while one of them is read."""
+
+    def __init__(self, content, at) -> None:
+        super().__init__(content)
+        self.at, self.read = at, 0
+
+    def __iter__(self):
+        for batch in list.__iter__(self):
+            self.read += 1
+            if self.read == self.at:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+
+@pytest.mark.parametrize("at", [1, 5, 12])
+def test_an_interrupted_run_goes_on_and_gives_the_same_mask(tmp_path, at):
+    net, data = attention_net(), sequences()
+    before = [p.clone() for p in net.parameters()]
+    straight = calibrate(net, data, progress=False)
+    pressed = Interrupting(data, at)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(net, pressed, checkpoint_dir=tmp_path, progress=False)
+    assert pressed.read == at, "the running batch is finished, no other is begun"
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    rest = Interrupting(data, -1)
+    resumed = calibrate(net, rest, checkpoint_dir=tmp_path, progress=False)
+    assert resumed == straight and resumed.info["stability"] == straight.info["stability"]
+    assert rest.read == 12 - (at - 1) // 3 * 3, "complete rounds are not repeated"
+    again = Interrupting(data, -1)
+    assert calibrate(net, again, checkpoint_dir=tmp_path, progress=False) == straight and again.read == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    net = attention_net()
+    calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, progress=False)
+    with pytest.raises(TalosError, match="a calibration with seed=0, this one has seed=1; use another checkpoint_dir"):
+        calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, seed=1, progress=False)
+    with pytest.raises(TalosError, match=r"a calibration with exclude=None, this one has exclude=\['0.\*'\]"):
+        calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, exclude="0.*", progress=False)
+    fresh = calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, seed=1, resume=False, progress=False)
+    assert fresh == calibrate(net, sequences(), rounds=1, seed=1, progress=False)
+
+
+def test_scores_can_wait_on_another_device():
+    """The meta device stands for a second one: what would be added there is computed here."""
+    from talos_fast.sensitivity.uses import Accumulator, Outer
+
+    into = Accumulator.zeros(torch.zeros(3, 2), torch.float32, torch.device("meta"))
+    into.add_outer(Outer(torch.randn(2, 4, 2), torch.randn(2, 4, 3)), "full")
+    assert into.values.device.type == "meta"
+    found = sensitivities(attention_net(), sequences(), estimator="empirical", scores_device="cpu")
+    assert all(score.device.type == "cpu" for score in found.values())
+
+
+def on_rank(rank: int, world: int, folder: str) -> None:
+    """One of two processes: its samples are those that a DistributedSampler would deal it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    try:
+        torch.manual_seed(0)
+        net = nn.parallel.DistributedDataParallel(attention_net().double())
+        mine = [(x[rank::world].double(), y[rank::world]) for x, y in sequences()]
+        mask = calibrate(net, mine, checkpoint_dir=f"{folder}/rounds", progress=False)
+        mask.save(f"{folder}/mask{rank}.safetensors")
+        short = mine[:1] if rank else []
+        calibrate(net, short, rounds=2, progress=False).save(f"{folder}/short{rank}.safetensors")
+        broken = [(x * float("nan") if rank else x, y) for x, y in mine]
+        with pytest.raises(TalosError, match="logits hold NaN" if rank else "another rank failed"):
+            calibrate(net, broken, progress=False)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file")
+def test_two_ranks_give_the_mask_of_one(tmp_path):
+    """In float64: sums in another order round differently, so in fp32 entries at the threshold may change places."""
+    mp.spawn(on_rank, (2, str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
+    alone = calibrate(attention_net().double(), [(x.double(), y) for x, y in sequences()], progress=False)
+    first, second = (Mask.load(tmp_path / f"mask{rank}.safetensors") for rank in (0, 1))
+    assert first == second == alone and first.base == alone.base
+    assert first.info["samples"] == alone.info["samples"] == 24
+    assert Mask.load(tmp_path / "short0.safetensors") == Mask.load(tmp_path / "short1.safetensors")
 
 
 def test_info_says_how():

@@ -77,6 +77,18 @@ def test_the_verbs_in_a_row(run, place):
     assert "control" in made(run, f"merge {model} {forget} --out negated")
 
 
+def test_vectors_of_linearized_models(run, place):
+    """They are evaluated as they were trained, and cannot be written as weights."""
+    model = "--model hf:bert --batch-size 8 -q"
+    fit = "--method l-lora --rank 2 --lr 5e-2 --steps 8 --out line.vector"
+    out = made(run, f"finetune {model} --data words.jsonl.gz {fit}")
+    made(run, f"evaluate {model} --data words.jsonl.gz --split validation --add line.vector --out line.json")
+    accuracy = json.loads((place / "line.json").read_text())["words"]
+    assert f"({accuracy['correct']} of {accuracy['total']})" in out
+    code, _, err = run(f"merge {model} --add line.vector --out nowhere")
+    assert code == 2 and "of a linearized model (method l-lora)" in err and not (place / "nowhere").exists()
+
+
 def test_a_config_file_gives_defaults_and_flags_win(run, place):
     (place / "c.yaml").write_text("model: hf:bert\ndata: words.jsonl.gz\ndensity: 0.2\nout: c.safetensors\nrounds: 1\n")
     made(run, "calibrate --config c.yaml -q --density 0.5")

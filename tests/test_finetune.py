@@ -195,7 +195,7 @@ def test_accumulation_is_a_larger_batch(net):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"method": "magic"}, "method='magic': choose one of nonlinear, talos"),
+    ({"method": "magic"}, "method='magic': choose one of nonlinear, linearized, l-lora, lota, talos"),
     ({"method": "talos"}, "needs mask="),
     ({"epochs": 1, "steps": 1}, "give one of them"),
     ({"steps": 0}, "steps=0"),
@@ -212,7 +212,7 @@ def test_bad_arguments_are_named(net, options, message):
 
 def test_masks_that_do_not_fit(net):
     mask = calibrate(net, loader(), progress=False)
-    with pytest.raises(TalosError, match="trains every entry"):
+    with pytest.raises(TalosError, match="mask= means nothing to method 'nonlinear', which takes none"):
         finetune(net, loader(), method="nonlinear", mask=mask, progress=False)
     with pytest.raises(TalosError, match="the mask belongs to another base"):
         finetune(Net(), loader(), mask=mask, progress=False)

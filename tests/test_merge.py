@@ -1,12 +1,16 @@
 """merge and search_alpha: exact edits, the choice of α by its definition, and a base that comes back."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from talos_fast import TalosError, TaskVector, merge, search_alpha
+from talos_fast.edit import Edit
+from talos_fast.merge import AlphaSearch
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -58,6 +62,54 @@ def test_search_alpha_for_addition(base):
     assert torch.equal(base.weight, start)
     assert len(found.references) == 2 and found.best.normalized[0] == found.best.accuracies[0] / found.references[0]
     assert found.to_json()["alpha"] == found.alpha
+    assert AlphaSearch.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+class Writes(TorchDispatchMode):
+    """Counts the entries that operators write into the storages of some tensors."""
+
+    def __init__(self, tensors):
+        self.storages = {t.untyped_storage().data_ptr() for t in tensors}
+        self.written = 0
+        super().__init__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and value.untyped_storage().data_ptr() in self.storages:
+                indexed = func is torch.ops.aten.index_put_.default
+                self.written += args[1][0].numel() if indexed else value.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_sweep_writes_the_selected_entries_and_nothing_else(base):
+    """Three α and the way back: four times the entries of the sum, and twice those of each vector alone."""
+    vectors = [TaskVector(base, tuned(base, seed)) for seed in (1, 2)]
+    union = sum(vectors).nnz
+    assert union < base.weight.numel()
+    with Writes(base.parameters()) as writes:
+        search_alpha(base, vectors, evaluate=[lambda model: 0.5] * 2, grid=[0.1, 0.5, 1.0])
+    assert writes.written == 4 * union + 2 * sum(vector.nnz for vector in vectors)
+
+
+def test_an_edit_along_two_directions(base):
+    a, b = (TaskVector(base, tuned(base, seed)) for seed in (1, 2))
+    start = base.weight.detach().clone()
+    edit = Edit(base, a.deltas, b.deltas)
+    edit.move(1.0, 0.0)
+    assert torch.equal(base.weight, tuned_from(base, start, a))
+    edit.move(-0.7, 2.5)
+    dense = [v.to_dense()["weight"].double() for v in (a, b)]
+    expected = (start.double() - 0.7 * dense[0] + 2.5 * dense[1]).to(start.dtype)
+    torch.testing.assert_close(base.weight.detach(), expected)
+    edit.revert()
+    assert torch.equal(base.weight, start)
+    with pytest.raises(TalosError, match="1 coefficients for 2 directions"):
+        edit.move(1.0)
+
+
+def tuned_from(base, start, vector):
+    return vector.apply_to({"weight": start.clone(), "bias": base.bias.detach()}, check_base=False)["weight"]
 
 
 def test_ties_take_the_smallest_alpha(base):
@@ -104,8 +156,8 @@ def test_refusals(base):
         merge(base, [])
     with pytest.raises(TalosError, match="2 weights for 1 task vectors"):
         merge(base, [vector], weights=[1, 2])
-    with pytest.raises(TalosError, match="method='ties'"):
-        merge(base, [vector], method="ties")
+    with pytest.raises(TalosError, match="method='average'"):
+        merge(base, [vector], method="average")
     with pytest.raises(TalosError, match="another base"):
         merge(tuned(base, 3), [vector])
     with pytest.raises(TalosError, match="2 evaluators for 1"):

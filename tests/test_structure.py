@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from talos_fast.disentanglement import disentanglement_error
-from talos_fast.plots import plot_disentanglement, plot_mask
+from talos_fast.plots import plot_mask
 from talos_fast.structure import density_by_kind, density_by_part, parts
 
 
@@ -61,30 +60,6 @@ def test_plots_are_pictures(tmp_path):
 
     plot_mask(masks(), tmp_path / "mask.png")
     plot_mask({"w": torch.ones(3, dtype=torch.bool)}, tmp_path / "vector.svg")
-    plot_disentanglement(torch.rand(3, 3), [-1.0, 0.0, 1.0], tmp_path / "xi.png", tasks=("a", "b"))
-    for name in ("mask.png", "xi.png"):
-        with Image.open(tmp_path / name) as image:
-            assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+    with Image.open(tmp_path / "mask.png") as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
     assert (tmp_path / "vector.svg").read_text().startswith("<?xml")
-
-
-def test_disentanglement_error_by_its_definition():
-    """Two tasks that read two coordinates: one vector moves its own only, then both."""
-    from talos_fast import TaskVector
-
-    base = torch.nn.Linear(2, 1, bias=False)
-    torch.nn.init.zeros_(base.weight)
-
-    def vector(x: float, y: float) -> TaskVector:
-        tuned = torch.nn.Linear(2, 1, bias=False)
-        tuned.weight.data = torch.tensor([[float(x), float(y)]])
-        return TaskVector(base, tuned)
-
-    first = lambda model: (model.weight[0, :1] > 0.5).long()  # noqa: E731
-    second = lambda model: (model.weight[0, 1:] > 0.5).long()  # noqa: E731
-    alphas = [0.0, 1.0]
-    apart = disentanglement_error(base, (vector(1, 0), vector(0, 1)), (first, second), alphas)
-    assert apart.tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    mixed = disentanglement_error(base, (vector(1, 0), vector(1, 1)), (first, second), alphas)
-    assert mixed.tolist() == [[0.0, 0.5], [0.0, 0.0]]
-    assert base.weight.abs().sum() == 0

@@ -1,4 +1,4 @@
-"""``talos-fast calibrate | finetune | merge | evaluate | inspect | demo``: the functions, same names and defaults."""
+"""``talos-fast calibrate | finetune | merge | evaluate | …``: the functions, with the same names and defaults."""
 
 import shutil
 import sys
@@ -9,15 +9,21 @@ import typer
 
 import talos_fast as talos
 from talos_fast import storage
+from talos_fast.calibrate import restored
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
+from talos_fast.cli.profile import app as profile_app
+from talos_fast.evaluate import evaluate_along
+from talos_fast.methods import METHODS
 from talos_fast.sensitivity.estimators import Estimator
-from talos_fast.train import Amp, Schedule
+from talos_fast.step import Amp
+from talos_fast.train import Schedule
 
 app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(edit_app)
 app.add_typer(inspect_app)
+app.add_typer(profile_app)
 
 
 def main() -> None:
@@ -83,8 +89,12 @@ def finetune(
     data: o.Data,
     out: Annotated[Path, typer.Option(help="The task vector, a folder.")] = Path("task_vector"),
     pretrained: o.Pretrained = None,
-    method: Annotated[str, typer.Option(help="talos | nonlinear")] = "talos",
+    method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "talos",
     mask: Annotated[Path | None, typer.Option(help="What calibrate wrote; for talos.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction that trains, for lota; default 0.1.")] = None,
+    finetuned: Annotated[Path | None, typer.Option(help="Vector of a nonlinear run, for lota; else one first.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapters of l-lora; default 16.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="They act times this / rank; default 32.")] = None,
     epochs: Annotated[int | None, typer.Option(help="How long; or --steps.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
@@ -106,17 +116,20 @@ def finetune(
 ) -> None:
     """Fine-tune on a task, and write the task vector. Interrupted, the same command goes on."""
     selected = None if mask is None else talos.Mask.load(mask)
+    full = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
     (task,) = o.load_tasks([data])
     backbone = o.load_backbone(model, pretrained, device, dtype)
     classifier = backbone.classifier(task)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=seed)
     checkpoint = checkpoint_dir or out / "checkpoint"
     try:
-        vector = talos.finetune(
-            classifier, batches, method=method, mask=selected, epochs=epochs, steps=steps, lr=lr,
-            weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate,
-            amp=amp, checkpoint_dir=checkpoint, resume=resume, seed=seed, progress=not quiet,
-        )  # fmt: skip
+        with restored(dict(classifier.named_parameters())):
+            vector = talos.finetune(
+                classifier, batches, method=method, mask=selected, density=density, finetuned=full, rank=rank,
+                lora_alpha=lora_alpha, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup,
+                schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, checkpoint_dir=checkpoint,
+                resume=resume, seed=seed, progress=not quiet,
+            )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from {checkpoint}", err=True)
         raise typer.Exit(130) from None
@@ -124,7 +137,8 @@ def finetune(
     vector.save_pretrained(out)
     if checkpoint_dir is None:
         shutil.rmtree(out / "checkpoint")
-    accuracy = talos.evaluate(classifier, backbone.batches(task.validation, batch_size=batch_size), progress=not quiet)
+    validation = backbone.batches(task.validation, batch_size=batch_size)
+    (accuracy,) = evaluate_along(classifier, vector, validation, [1.0])
     typer.echo(f"{out}: {vector}; validation accuracy {accuracy}")
 
 

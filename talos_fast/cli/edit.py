@@ -11,7 +11,10 @@ import talos_fast as talos
 from talos_fast import storage
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
+from talos_fast.evaluate import evaluate_along
+from talos_fast.fingerprint import require_base
 from talos_fast.merge import Evaluate
+from talos_fast.merging import combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
 
@@ -105,12 +108,16 @@ def evaluate(
     # Heads may be computed with the encoder, so they come before any edit.
     classifiers = [backbone.classifier(task) for task in tasks]
     o.load_weights(classifiers[0], weights)
-    if vectors:
-        talos.merge(classifiers[0], vectors, alpha=alpha, inplace=True)
+    vector = combine(vectors) if vectors else None
+    if vector is not None:
+        require_base(vector.base, classifiers[0], "the task vector")
     found = {}
     for task, classifier in zip(tasks, classifiers, strict=True):
         batches = backbone.batches(getattr(task, split), batch_size=batch_size, seed=seed)
-        accuracy = talos.evaluate(classifier, batches, progress=not quiet)
+        if vector is None:
+            accuracy = talos.evaluate(classifier, batches, progress=not quiet)
+        else:
+            (accuracy,) = evaluate_along(classifier, vector, batches, [alpha])
         found[task.name] = {"accuracy": accuracy.value, "correct": accuracy.correct, "total": accuracy.total}
         typer.echo(f"{task.name}: {accuracy}")
     if out is not None:

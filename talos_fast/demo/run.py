@@ -112,7 +112,8 @@ def _plots(study: Study, result: StudyResult, tasks: Sequence[Task], out: Path) 
     first, second = tasks[0], tasks[1]
     judges = (study.predict(first, HEAT_MAP_INPUTS), study.predict(second, HEAT_MAP_INPUTS))
     for method, vectors in result.vectors.items():
-        errors = disentanglement_error(study.model, (vectors[first.name], vectors[second.name]), judges, HEAT_MAP)
+        models = (study.classifier(first), study.classifier(second))
+        errors = disentanglement_error(models, (vectors[first.name], vectors[second.name]), judges, HEAT_MAP)
         pair = (first.name, second.name)
         mean = float(errors[torch.isfinite(errors)].mean())
         title = f"{method}: mean ξ {mean:.2f}"

@@ -1,13 +1,38 @@
-"""What a method is: it says what trains, with which optimizer, and through which forward."""
+"""What a method is: it says what trains, with which optimizer, through which forward, and what vector comes of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from talos_fast.delta import SparseDelta
+from talos_fast.errors import TalosError
 from talos_fast.forward import Forward
 from talos_fast.mask import Mask
+from talos_fast.task_vector import TaskVector
+
+Deltas = dict[str, SparseDelta]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What only some methods take; None where the user said nothing.
+
+    Args:
+        mask: which entries may move.
+        density: fraction of the entries that a method selects itself.
+        finetuned: the task vector of a full fine-tuning on this task.
+        rank: of adapters.
+        lora_alpha: adapters act times lora_alpha / rank.
+    """
+
+    mask: Mask | None = None
+    density: float | None = None
+    finetuned: TaskVector | None = None
+    rank: int | None = None
+    lora_alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -17,16 +42,18 @@ class Request:
     Args:
         model: the pre-trained model, on its device.
         forward: ``forward(model, batch) -> logits (N, K)``.
-        mask: which entries may move, or None.
         lr: peak learning rate.
         weight_decay: AdamW's, towards zero, of whatever trains.
+        options: see `Options`.
+        first: trains a setup with the same recipe, gives its deltas, and puts the model back.
     """
 
     model: nn.Module
     forward: Forward
-    mask: Mask | None
     lr: float
     weight_decay: float
+    options: Options
+    first: Callable[["Setup"], Deltas]
 
 
 @dataclass(frozen=True)
@@ -34,14 +61,67 @@ class Setup:
     """What the trainer runs.
 
     Args:
-        trained: the parameters that move, by name in the model.
+        trained: the leaf tensors that move: parameters by their name in the model, or adapters.
         optimizer: over exactly those.
         forward: what is differentiated.
+        export: after training, the change of the model's parameters; leaves the trained model in the model's
+            parameters.
+        mask: which entries of the parameters move, if not all do.
+        info: provenance (JSON); ``linearized`` says that the vector is evaluated on the linearized model.
     """
 
     trained: Mapping[str, Tensor]
     optimizer: Optimizer
     forward: Forward
+    export: Callable[[], Deltas]
+    mask: Mask | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
-Method = Callable[[Request], Setup]
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Args:
+        name: what ``finetune(method=…)`` and the vector's ``info`` call it.
+        prepare: the request, to what the trainer runs.
+        takes: the fields of `Options` that mean something to it.
+    """
+
+    name: str
+    prepare: Callable[[Request], Setup]
+    takes: frozenset[str] = frozenset()
+
+    def check(self, options: Options) -> None:
+        """Refuses options that would be ignored.
+
+        Raises:
+            TalosError: names the first one.
+        """
+        for name, value in vars(options).items():
+            if value is not None and name not in self.takes:
+                takes = f"takes {', '.join(sorted(self.takes))}" if self.takes else "takes none of its kind"
+                raise TalosError(f"{name}= means nothing to method {self.name!r}, which {takes}; leave it out")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name.
+
+    Raises:
+        TalosError: there is none.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TalosError(f"no parameter of {type(model).__name__} requires a gradient; nothing would train")
+    return parameters
+
+
+def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, to take differences from."""
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def differences(origin: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Deltas:
+    """How parameters moved since ``origin``; those that did not are left out."""
+    deltas = {name: SparseDelta.between(name, origin[name], p) for name, p in parameters.items()}
+    return {name: delta for name, delta in deltas.items() if len(delta.values)}

@@ -2,20 +2,16 @@
 
 from torch.optim import AdamW
 
-from talos_fast.errors import TalosError
-from talos_fast.methods.base import Request, Setup
+from talos_fast.methods.base import Request, Setup, differences, snapshot, trainable
 
 
 def nonlinear(request: Request) -> Setup:
     """Trains the whole encoder.
 
     Raises:
-        TalosError: a mask was given, or nothing requires a gradient.
+        TalosError: nothing requires a gradient.
     """
-    if request.mask is not None:
-        raise TalosError("method 'nonlinear' trains every entry; leave out mask=, or use method='talos'")
-    trained = {name: p for name, p in request.model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise TalosError(f"no parameter of {type(request.model).__name__} requires a gradient; nothing would train")
+    trained = trainable(request.model)
+    origin = snapshot(trained)
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
-    return Setup(trained, optimizer, request.forward)
+    return Setup(trained, optimizer, request.forward, export=lambda: differences(origin, trained))

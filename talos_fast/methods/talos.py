@@ -1,8 +1,8 @@
-"""TaLoS (Iurada et al. 2025): the entries of a mask, MaskedAdam; every other entry stays bit-identical."""
+"""TaLoS (Iurada et al. 2025): the entries that a task is least sensitive to, found by `calibrate`."""
 
 from talos_fast.errors import TalosError
 from talos_fast.methods.base import Request, Setup
-from talos_fast.optim import MaskedAdam
+from talos_fast.methods.masked import masked
 
 
 def talos(request: Request) -> Setup:
@@ -11,16 +11,6 @@ def talos(request: Request) -> Setup:
     Raises:
         TalosError: no mask, one of another model, or one that selects nothing.
     """
-    mask = request.mask
-    if mask is None:
+    if request.options.mask is None:
         raise TalosError("method 'talos' needs mask=; make one with talos_fast.calibrate, or load one with Mask.load")
-    names = mask.freeze(request.model)
-    if not names:
-        raise TalosError(f"the mask selects none of its {mask.numel} entries; nothing would train")
-    parameters = dict(request.model.named_parameters())
-    trained = {name: parameters[name] for name in names}
-    masks = {name: mask[name] for name in names}
-    optimizer = MaskedAdam(
-        list(trained.items()), lr=request.lr, weight_decay=request.weight_decay, masks=masks, fused=True
-    )
-    return Setup(trained, optimizer, request.forward)
+    return masked(request, request.options.mask)

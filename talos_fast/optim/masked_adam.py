@@ -11,10 +11,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim import AdamW
 
 from talos_fast.errors import TalosError
 from talos_fast.optim import state_dict as saving
+from talos_fast.optim.gradients import MaskedGradients
 from talos_fast.optim.launches import Launches
 from talos_fast.optim.masks import Masks, bool_mask, check_mask, masks_by_parameter, pack, unpack
 from talos_fast.optim.plan import Selection, select
@@ -22,7 +22,7 @@ from talos_fast.optim.state import Member, reselected, start
 from talos_fast.optim.stepping import step_others
 
 
-class MaskedAdam(AdamW):
+class MaskedAdam(MaskedGradients):
     """AdamW that moves, decays and keeps state for the selected entries only.
 
     Positional order, defaults and error texts are AdamW's; without ``masks`` it is AdamW.
@@ -74,9 +74,8 @@ class MaskedAdam(AdamW):
     ) -> None:
         if differentiable:
             raise TalosError("MaskedAdam does not support differentiable=True; use torch.optim.AdamW")
-        self._selections: dict[Tensor, Selection] = {}
+        self._selections = {}
         self._launches = Launches()
-        self._clip_scale: Tensor | None = None
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             maximize=maximize, foreach=foreach, capturable=capturable, fused=fused,
@@ -95,7 +94,6 @@ class MaskedAdam(AdamW):
         if masks is not None:
             self._selections = {p: select(unpack(bits, p.shape), p) for p, bits in masks.items()}
         self._launches = Launches() if masks is not None else self._launches
-        self._clip_scale = None
         super().__setstate__(state)
 
     def __repr__(self) -> str:
@@ -113,6 +111,7 @@ class MaskedAdam(AdamW):
             except TalosError:
                 self.param_groups.pop()
                 raise
+            self._reselect()
 
     def set_masks(self, masks: Masks) -> None:
         """Changes what trains, in the middle of a run.
@@ -136,6 +135,7 @@ class MaskedAdam(AdamW):
                 self.state[p] = reselected(self.state[p], p, before, after)
         self._selections = selections
         self._launches.clear()
+        self._reselect()
 
     def _selected(self, groups: Sequence[Mapping[str, Any]], masks: Masks) -> dict[Tensor, Selection]:
         selections = {}
@@ -168,7 +168,7 @@ class MaskedAdam(AdamW):
         for group in self.param_groups:
             self._step_group(group, scale, found_inf)
         self._launches.settle(self.param_groups, self.state)
-        self._clip_scale = None
+        self._clip = None
         return loss
 
     def _step_group(self, group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -202,10 +202,6 @@ class MaskedAdam(AdamW):
 
     def _is_empty(self, p: Tensor) -> bool:
         return p in self._selections and self._selections[p].count == 0
-
-    def _gradient(self, p: Tensor) -> Tensor | None:
-        """What ``p`` steps on: of its shape, or, for a masked parameter, compact: (k,), in its memory order."""
-        return p.grad
 
     def _scale(self) -> Tensor | None:
         """What gradients are divided by: GradScaler's scale (it is set with ``fused=True``) times that of clipping."""

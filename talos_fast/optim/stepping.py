@@ -100,7 +100,8 @@ def step_reference(
         return
     entries = [_entries(member) for member in members]
     compact = [_compact_gradient(member, gradient) for member, gradient in zip(members, gradients, strict=True)]
-    if not fused and scale is not None:
+    if scale is not None:
+        # Not left to torch's fused step, which would write the quotients back into the gradients.
         compact = [gradient / scale.to(gradient.device) for gradient in compact]
     states = [member.state for member in members]
     beta1, beta2 = group["betas"]
@@ -108,7 +109,7 @@ def step_reference(
         entries, compact, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
         [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [], [s["step"] for s in states],
         foreach=group["foreach"], capturable=group["capturable"], fused=group["fused"],
-        grad_scale=scale if fused else None, found_inf=found_inf if fused else None,
+        found_inf=found_inf if fused else None,
         has_complex=any(p.is_complex() for p in entries), amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2,
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
     )  # fmt: skip

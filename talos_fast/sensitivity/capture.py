@@ -1,14 +1,14 @@
-"""One batched forward-backward in which every use of a parameter shows its per-sample gradient, squared on the spot.
+"""One batched forward-backward in which every use of a parameter shows its per-sample gradient.
 
 `Capture` is a `TorchFunctionMode`: it sees every torch function that a tracked parameter enters, whatever module calls
-it, and looks the function up in `RULES`. A rule computes the output and hooks it, so that the backward hands over the
-gradient of the output, which together with the input gives the per-sample gradient. No ``.grad`` and no (N, O, I)
-tensor is made. A function without a rule marks the parameter as uncovered: its scores must come from elsewhere, they
-are never taken as 0.
+it. A function with a rule in `RULES` computes its output, and a hook on it receives the output's gradient, which
+together with the input gives the per-sample gradient; no ``.grad`` and no (N, O, I) tensor is made. A function of a
+parameter alone (a view, a cast, 1 + γ, a table of positions) gives an *alias*, tracked in its place. Any other function
+that sees a parameter leaves it uncovered: its scores must come from elsewhere, they are never taken as 0.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,161 +16,228 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from talos_fast.ops import accumulate_squared_per_sample_
-
-Rule = Callable[..., Tensor | tuple[Tensor, None]]
-RULES: dict[Callable[..., Any], Rule] = {}
-
-
-def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Registers ``handler(capture, *args, **kwargs) -> output`` for torch functions; users may add their own."""
-
-    def register(handler: Rule) -> Rule:
-        RULES.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return register
-
-
-class UncoveredError(Exception):
-    """Raised by a rule, before it hooks anything, when it does not apply to these arguments."""
-
-
-@dataclass(frozen=True)
-class Outer:
-    """A use of a matrix: sample n's gradient is Σ_t grads[n, t]ᵀ inputs[n, t], viewed as the parameter's shape."""
-
-    inputs: Tensor
-    grads: Tensor
-
-    def per_sample(self) -> Iterable[Tensor]:
-        """Each sample's gradient, one at a time."""
-        return (g.t() @ x for x, g in zip(self.inputs, self.grads, strict=True))
-
-
-@dataclass(frozen=True)
-class PerSample:
-    """A use of a small parameter: its per-sample gradients (N, *shape)."""
-
-    grads: Tensor
-
-    def per_sample(self) -> Iterable[Tensor]:
-        """Each sample's gradient."""
-        return self.grads.unbind()
-
-
-Use = Outer | PerSample
+from talos_fast.sensitivity.alias import Alias, derived
+from talos_fast.sensitivity.axis import Axis, codes, consistent, pattern, row_values
+from talos_fast.sensitivity.calls import Call, Plan, Site, Tap
+from talos_fast.sensitivity.registry import ALIASING, CUTTING, RULES, Make, Split, UncoveredError
+from talos_fast.sensitivity.uses import PerSample, Use
 
 
 class Capture(TorchFunctionMode):
-    """Wrap the forward in it, then call `backward` on a sum of per-sample scalars.
+    """Wrap the forward in it, then call `run`.
 
     Args:
         parameters: name -> tracked parameter, none of which requires a gradient meanwhile.
         samples: N, the number of samples in the batch.
-        scores: name -> fp32 or fp64 tensor of the parameter's shape; squares are added to it.
+        plan: what is known about the model; completed here.
+        square: called with the name and all uses of a parameter, as soon as the last one is there.
+        exploring: whether uses whose rows do not belong to samples go to ``plan.shared``, for another forward.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], samples: int, scores: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], samples: int, plan: Plan, square: Callable[[str, list[Use]], None],
+        exploring: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.samples = samples
-        self.uncovered: dict[str, str] = {}
-        self._scores = scores
-        self._names = {id(p): name for name, p in parameters.items()}
+        self.samples, self.plan = samples, plan
+        self._square, self._exploring = square, exploring
+        self._aliases = {id(p): Alias(name, p, p, None, p) for name, p in parameters.items()}
+        self._seen: dict[tuple[str, ...], int] = {}
+        self._site: Site = ("", (), 0)
+        self._aliasing = False
+        self._handled: list[int] = []
+        self._calls: list[Call] = []
         self._expected: dict[str, int] = {}
         self._uses: dict[str, list[Use]] = {}
-        # Adding it to an output makes that output require a gradient; its own gradient is never looked at.
+        self._codes: Tensor | None = None
+        self._coding = self._keeping = False
+        # Tying it to an output makes that output require a gradient; its own gradient is never looked at.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tracked = [
-            self._names[id(a)] for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and id(a) in self._names
-        ]
-        if not tracked:
+        tracked = self._tracked(args) + (self._tracked(kwargs.values()) if kwargs else [])
+        if not tracked or func in CUTTING:
             return func(*args, **kwargs)
+        names = tuple(alias.name for alias in tracked)
+        count = self._seen[names] = self._seen.get(names, -1) + 1
+        self._site = (getattr(func, "__name__", str(func)), names, count)
+        self._aliasing = func in ALIASING and len({id(alias.tensor) for alias in tracked}) == 1
+        self._handled = []
         reason = f"{getattr(func, '__qualname__', func)} has no rule"
-        if func in RULES:
+        if func in RULES and self._site not in self.plan.shared:
             try:
-                return RULES[func](self, *args, **kwargs)
+                output = RULES[func](self, *args, **kwargs)
             except UncoveredError as refusal:
                 reason = str(refusal)
+            else:
+                unseen = [alias.name for alias in tracked if id(alias.tensor) not in self._handled]
+                self._uncover(unseen, f"the rule of {self._site[0]} takes it for an activation")
+                return output
         output = func(*args, **kwargs)
-        # Shapes, dtypes and the like carry no gradient.
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
-            self.uncovered.update(dict.fromkeys(tracked, reason))
+        if self._aliasing:
+            for alias in derived(tracked[0], output, func, args, kwargs):
+                self._aliases[id(alias.tensor)] = alias
+            return output
+        # Shapes, dtypes and numbers carry no gradient; what returns nothing may have written somewhere.
+        wrote = output is None and self._site[0] != "__get__"
+        if wrote or any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+            self._uncover(names, reason)
         return output
 
-    def tracks(self, value: object) -> bool:
-        """Whether ``value`` is one of the tracked parameters."""
-        return id(value) in self._names
+    def _tracked(self, values: Iterable[Any]) -> list[Alias]:
+        found = []
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self._aliases:
+                    found.append(self._aliases[id(value)])
+            elif isinstance(value, list | tuple):
+                found += self._tracked(value)
+        return found
 
-    def tokens(self, tensor: Tensor, features: int = 1) -> Tensor:
-        """(N, T, *features) of an activation whose rows of one sample are contiguous in its first dimension."""
-        if tensor.dim() <= features or tensor.shape[0] == 0 or tensor.shape[0] % self.samples:
-            raise UncoveredError(f"an activation of shape {tuple(tensor.shape)} is not led by {self.samples} samples")
-        return tensor.reshape(self.samples, -1, *tensor.shape[tensor.dim() - features :])
+    def _uncover(self, names: Iterable[str], reason: str) -> None:
+        for name in names:
+            self.plan.uncovered.setdefault(name, reason)
 
-    def use(self, output: Tensor, uses: Mapping[Tensor | None, Callable[[Tensor], Use]], *inputs: Tensor) -> Tensor:
+    def alias(self, value: object) -> Alias | None:
+        """How ``value`` comes from a tracked parameter, None if it does not."""
+        return self._aliases.get(id(value))
+
+    def matrix(self, value: Tensor) -> None:
+        """Raises `UncoveredError` if using ``value`` as a matrix is not using entries of a parameter, in order."""
+        alias = self.alias(value)
+        if alias is not None:
+            alias.check_matrix()
+
+    def use(
+        self, output: Tensor, makes: Mapping[Tensor | None, Make], *inputs: Tensor,
+        features: int = 1, view: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    ) -> Tensor:  # fmt: skip
         """Hooks ``output``: its gradient, passed to each function, gives the use of that parameter.
 
         Args:
-            output: computed from detached parameters.
-            uses: parameter -> function of the output's gradient; untracked parameters and None are passed over.
-            *inputs: what the functions read; they must not be modified in place before the backward.
+            output: of the function.
+            makes: parameter or alias -> formula of its use; untracked ones and None are passed over.
+            *inputs: what the formulas read; modified in place before the backward, the parameters count as uncovered.
+            features: how many trailing dimensions of ``view``'s result are features; the others are rows.
+            view: brings the gradient into the order (*rows, *features), as the formulas get it.
         """
-        named = {self._names[id(p)]: make for p, make in uses.items() if p is not None and id(p) in self._names}
+        pairs = [(self._aliases[id(p)], make) for p, make in makes.items() if id(p) in self._aliases]
+        self._handled += [id(alias.tensor) for alias, _ in pairs]
+        if not pairs or not torch.is_grad_enabled():
+            return output  # without a graph no gradient comes back; a graph made later is not ours to see
+        with torch.no_grad():
+            rows = view(output).shape
+        rows = rows[: len(rows) - features]
+        call = Call(
+            self._site, [alias for alias, _ in pairs], [make for _, make in pairs], view, features,
+            (self._site, len(self._handled), pattern(rows, self.samples)),
+            [(tensor, tensor._version) for tensor in inputs], self._aliasing,
+        )  # fmt: skip
+        self._calls.append(call)
+        for alias in call.aliases:
+            self._expected[alias.name] = self._expected.get(alias.name, 0) + 1
         if not output.requires_grad:
-            output = output + self._anchor.to(output.device)
-        for name in named:
-            self._expected[name] = self._expected.get(name, 0) + 1
-        versions = [tensor._version for tensor in inputs]
-
-        def hook(gradient: Tensor) -> None:
-            for name, make in named.items():
-                if [tensor._version for tensor in inputs] != versions:
-                    self.uncovered[name] = "its input was modified in place"
-                if name not in self.uncovered:
-                    self._record(name, make(gradient))
-
-        output.register_hook(hook)
+            return Tap.apply(self._anchor, output, partial(self._receive, call))  # type: ignore[no-any-return]
+        output.register_hook(partial(self._receive, call))
         return output
 
-    def backward(self, scalar: Tensor, retain_graph: bool) -> None:
-        """Back-propagates and adds the squares; may be called again on the same forward with ``retain_graph``."""
-        scalar.backward(retain_graph=retain_graph)
-        # A use whose output did not reach the scalar has no gradient; the others of its parameter are still waiting.
+    def expand(self, alias_tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A parameter or alias broadcast to ``shape``, as an activation whose gradient is its use.
+
+        The dimensions along which it is broadcast are the rows; one of them must hold the samples.
+        """
+        padded = (1,) * (len(shape) - alias_tensor.dim()) + tuple(alias_tensor.shape)
+        own = [dim for dim, size in enumerate(padded) if size != 1]
+        order = [dim for dim, size in enumerate(padded) if size == 1] + own
+
+        def make(gradient: Tensor, split: Split) -> PerSample:
+            total = split(gradient, len(own)).sum(1)
+            return PerSample(total.reshape(len(total), *alias_tensor.shape))
+
+        view = lambda gradient: gradient.permute(order)  # noqa: E731
+        return self.use(alias_tensor.detach().expand(shape), {alias_tensor: make}, features=len(own), view=view)
+
+    def run(self, logits: Tensor, probes: Sequence[Tensor], generator: torch.Generator) -> None:
+        """Propagates each of ``probes`` (N, K) back from the logits (N, K), one after the other.
+
+        Args:
+            logits: of the forward that was captured.
+            probes: constant.
+            generator: of the codes.
+        """
+        if not logits.requires_grad:
+            return
+        with torch.autocast(logits.device.type, enabled=False):
+            if self.samples > 1 and any(call.known not in self.plan.axes for call in self._calls):
+                self._observe(logits, probes[0], codes(self.samples, generator))
+            for n, coefficients in enumerate(probes):
+                self._backward(logits, coefficients, last=n + 1 == len(probes))
+
+    def _observe(self, logits: Tensor, coefficients: Tensor, code: Tensor) -> None:
+        """A backward with a code a sample, whose row values the next one, with the same coefficients, compares."""
+        self._codes, self._coding = code, True
+        code = code.to(logits.device, logits.dtype)
+        (logits * coefficients * code[:, None]).sum().backward(retain_graph=True)
+        self._coding = False
+
+    def _backward(self, logits: Tensor, coefficients: Tensor, last: bool) -> None:
+        self._keeping = not last
+        (logits * coefficients).sum().backward(retain_graph=not last)
+        # A use whose output did not reach the logits has no gradient; the others of its parameter are still waiting.
         for name in list(self._uses):
-            self._square(name)
+            self._finish(name)
+        for call in self._calls if self._codes is not None else ():
+            if not call.reached:
+                self.plan.axes.setdefault(call.known, None)
+        self._codes = None
+
+    def _receive(self, call: Call, gradient: Tensor) -> None:
+        gradient = call.view(gradient)
+        call.reached = True
+        if self._coding:
+            call.coded, _ = row_values(gradient, call.features)
+            return
+        names = [alias.name for alias in call.aliases]
+        axis = self._axis(call, gradient)
+        if axis is None:
+            if self._exploring and call.aliasing:
+                self.plan.shared.add(call.site)
+            else:
+                self._uncover(names, f"the rows of {call.site[0]} do not belong to one sample each")
+        elif any(tensor._version != version for tensor, version in call.inputs):
+            self._uncover(names, "its input was modified in place")
+        else:
+            split = partial(axis.tokens, samples=self.samples)
+            for alias, make in zip(call.aliases, call.makes, strict=True):
+                if alias.name not in self.plan.uncovered:
+                    self._record(
+                        alias.name, alias.pull_back(make(gradient, lambda t, features=1: split(t, features=features)))
+                    )
+        if not self._keeping:
+            call.release()
+
+    def _axis(self, call: Call, gradient: Tensor) -> Axis | None:
+        """Where the samples are among the rows; None if nowhere."""
+        if self.samples == 1:
+            return Axis(0, True)
+        if call.coded is None or self._codes is None:
+            return self.plan.axes.get(call.known)
+        plain, scale = row_values(gradient, call.features)
+        axes, said = consistent(call.coded, plain, scale, self._codes)
+        if said and len(axes) == 1:
+            self.plan.axes[call.known] = axes[0]
+        # Several axes differ in rows without gradient only, so for this batch each is right.
+        return axes[0] if axes else None
 
     def _record(self, name: str, use: Use) -> None:
         self._uses.setdefault(name, []).append(use)
         if len(self._uses[name]) == self._expected[name]:
-            self._square(name)
+            self._finish(name)
 
-    def _square(self, name: str) -> None:
-        """Joins all uses of a parameter within each sample, then squares: (Σ_uses g)², not Σ_uses g²."""
+    def _finish(self, name: str) -> None:
         uses = self._uses.pop(name)
-        if name in self.uncovered:
-            return
-        scores = self._scores[name]
-        outers = [use for use in uses if isinstance(use, Outer)]
-        small = [use.grads for use in uses if isinstance(use, PerSample)]
-        if not small:
-            inputs, grads = _joined([use.inputs for use in outers]), _joined([use.grads for use in outers])
-            matrix = scores.view(grads.shape[2], inputs.shape[2])
-            accumulate_squared_per_sample_(matrix, inputs.to(grads.dtype), grads)
-        elif not outers:
-            total = sum(small[1:], start=small[0]).to(scores.dtype)
-            scores.add_(total.square().sum(0).view(scores.shape))
-        else:
-            for parts in zip(*(use.per_sample() for use in uses), strict=True):
-                gradient = torch.stack([part.reshape(scores.shape).to(scores.dtype) for part in parts]).sum(0)
-                scores.addcmul_(gradient, gradient)
-
-
-def _joined(tokens: list[Tensor]) -> Tensor:
-    """Several (N, T_i, F) along the tokens: one sum over t of products is the sum over all uses."""
-    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+        if name not in self.plan.uncovered:
+            self._square(name, uses)

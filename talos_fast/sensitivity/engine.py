@@ -1,32 +1,32 @@
 """`sensitivities`: S_j = Σ_x (∂ aᵀf(x) / ∂θ_j)², per sample, from one batched forward-backward a batch."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-import talos_fast.sensitivity.rules  # noqa: F401  (fills the registry)
+import talos_fast.sensitivity.attention
+import talos_fast.sensitivity.rules
+import talos_fast.sensitivity.views  # noqa: F401  (these three fill the registry)
 from talos_fast.errors import TalosError
-from talos_fast.forward import (
-    Batch,
-    Batches,
-    Forward,
-    checked_logits,
-    default_forward,
-    device_of,
-    labels_of,
-    take,
-    to_device,
-)
+from talos_fast.forward import Batch, Batches, Forward, checked_logits, default_forward, device_of, labels_of, to_device
+from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
-from talos_fast.sensitivity.estimators import Estimator, check_estimator, probe
-from talos_fast.sensitivity.per_sample import add_squares, add_squares_by_loop
-from talos_fast.sensitivity.selection import maskable_parameters
+from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, probe
+from talos_fast.sensitivity.evaluation import evaluating
+from talos_fast.sensitivity.examine import examine
+from talos_fast.sensitivity.per_sample import add_squares_by_func
+from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.sensitivity.selection import maskable_parameters, unwrapped
+from talos_fast.sensitivity.uses import Accumulator, Precision, Use, add_squares
 
 logger = logging.getLogger("talos_fast")
+
+Ledger = dict[str, Accumulator]
+"""Parameter name -> where its squares are summed."""
 
 
 def sensitivities(
@@ -40,157 +40,195 @@ def sensitivities(
     exclude: Iterable[str] | None = None,
     samples_per_input: int = 1,
     dtype: torch.dtype | None = None,
+    precision: Precision = "full",
+    scores_device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Per-sample squared gradients of every maskable parameter, summed over all inputs (Iurada et al. 2025, Eq. 7).
 
     The model is put into evaluation mode meanwhile and left as it was found; samples of a batch must not interact.
+    The batch size does not change the result, and neither do probes: they are drawn for each sample of the data.
+    Where torch.distributed is initialized each rank brings its own batches, and all get the sum over all ranks.
+    Memory: what a forward-backward without weight gradients takes, and the scores.
 
     Args:
-        model: any module.
-        batches: ``(inputs, labels)`` or mappings with ``labels``; labels are (N,) int64.
+        model: any module; of DistributedDataParallel and compiled ones the module inside, whose names are used.
+        batches: ``(inputs, labels)`` or mappings with ``labels``; labels are (N,) int64, and every tensor whose first
+            dimension is N holds one row a sample.
         forward: ``forward(model, batch) -> logits (N, K)``; default: call the model.
         estimator: what is differentiated; see `talos_fast.sensitivity.estimators.probe`.
         labels: one (N,) tensor a batch, used instead of sampling; for tests and parity.
         include, exclude: patterns of names; see `maskable_parameters`.
         samples_per_input: R probes an input, averaged; they share one forward.
         dtype: of the scores; default fp32, fp64 for an fp64 model.
+        precision: "full" multiplies layers' inputs and gradients as the model computes them; "bf16" rounds both first
+            and sums in fp32, which costs less where the machine multiplies bf16 faster and changes 0.1 % of a mask of
+            10 % (a tenth of what bf16 autocast of the whole pass changes).
+        scores_device: where the scores are kept; default: with their parameters.
         seed: of the probes.
         progress: show a bar on a terminal.
 
     Returns:
-        name -> tensor of the parameter's shape on its device, non-negative.
+        name -> tensor of the parameter's shape, non-negative.
 
     Raises:
-        TalosError: no batch, an empty one, NaN or infinite logits (the batch is named), no maskable parameter,
-            or samples of a batch that interact.
+        TalosError: no batch, an empty one, NaN or infinite logits (the batch is named), no maskable parameter, samples
+            of a batch that interact, or another rank failed.
     """
-    check_estimator(estimator)
-    if samples_per_input < 1:
-        raise TalosError(f"samples_per_input={samples_per_input}: at least one probe an input is needed")
-    forward = forward or default_forward
-    parameters = maskable_parameters(model, include, exclude)
-    scores = {name: torch.zeros_like(p, dtype=dtype or _score_dtype(p), memory_format=torch.contiguous_format)
-              for name, p in parameters.items()}  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    device = device_of(model)
-    fallback: dict[str, str] = {}
-    count = 0
-    with evaluating(model):
-        for index, batch in enumerate(tqdm(batches, "sensitivity", disable=None if progress else True, leave=False)):
-            where = f"batch {index}"
-            batch = to_device(batch, device)
-            if index == 0:
-                fallback = _verify(model, parameters, forward, batch, where)
-            sampled = None if labels is None else labels[index]
-            probes = _Probes(estimator, labels_of(batch, where), sampled, generator, samples_per_input)
-            _add_batch(model, parameters, scores, forward, batch, probes, fallback, where)
-            count += 1
-    if not count:
-        raise TalosError(
-            "there is no batch to calibrate on; the iterable was empty (an iterator can be read only once)"
-        )
-    return scores
+    model = unwrapped(model)
+    scorer = Scorer(
+        model, maskable_parameters(model, include, exclude), forward or default_forward, estimator,
+        samples_per_input, precision,
+    )  # fmt: skip
+    ledger: Ledger = {}
+
+    def fresh() -> Ledger:
+        ledger.update(scorer.ledger(dtype, scores_device))
+        return ledger
+
+    ranks = Ranks()
+    scorer.score(batches, lambda _: ledger or fresh(), seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
+    return {name: accumulator.values for name, accumulator in ranks.summed(ledger or fresh()).items()}
 
 
-def _score_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+def progress_bar(progress: bool, ranks: Ranks, label: str = "sensitivity") -> Callable[[Batches], Iterable[Batch]]:
+    """Wraps batches in a bar, on the terminal of the first rank."""
+    hidden = None if progress and ranks.rank == 0 else True
+    return lambda batches: tqdm(batches, label, disable=hidden, leave=False)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter requiring a gradient, eager execution; all restored."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval().requires_grad_(False)
-        # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+@dataclass
+class Scorer:
+    """Scores batches of one model, and remembers what it has learned about the model.
 
-
-class _Probes:
-    """The R probes of a batch, drawn when its logits are known."""
-
-    def __init__(
-        self, estimator: Estimator, labels: Tensor, sampled: Tensor | None, generator: torch.Generator, repeats: int
-    ) -> None:
-        self.repeats = repeats
-        self._fixed = (estimator, labels, sampled, generator)
-
-    def draw(self, logits: Tensor) -> Iterator[Tensor]:
-        """R tensors (N, K), scaled so that squares of derivatives average over the repeats."""
-        estimator, labels, sampled, generator = self._fixed
-        for _ in range(self.repeats):
-            yield probe(estimator, logits, labels, sampled, generator) / self.repeats**0.5
-
-
-def _add_batch(
-    model: nn.Module, parameters: Mapping[str, Tensor], scores: Mapping[str, Tensor], forward: Forward,
-    batch: Batch, probes: _Probes, fallback: dict[str, str], where: str,
-) -> None:  # fmt: skip
-    """Adds one batch: captured parameters by one backward a probe, the others by `add_squares`."""
-    captured = {name: p for name, p in parameters.items() if name not in fallback}
-    with Capture(captured, len(labels_of(batch, where)), scores) as capture:
-        logits, _ = checked_logits(forward, model, batch, where)
-    drawn = list(probes.draw(logits))
-    for n, coefficients in enumerate(drawn):
-        if logits.requires_grad:
-            capture.backward((logits * coefficients).sum(), retain_graph=n + 1 < len(drawn))
-    for name, reason in capture.uncovered.items():
-        if name not in fallback:
-            logger.info("%s: %s; its per-sample gradients come from torch.func", name, reason)
-            fallback[name] = reason
-    if fallback:
-        rest = {name: parameters[name] for name in fallback}
-        for coefficients in drawn:
-            add_squares(model, rest, {name: scores[name] for name in rest}, forward, batch, coefficients)
-
-
-def _verify(
-    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, where: str
-) -> dict[str, str]:
-    """Holds capture against a plain backward a sample, on two samples; gives the names on which it cannot be trusted.
-
-    This is what makes a wrong guess about a model's layout impossible: an axis that is not the batch, a use that no
-    torch function shows, recomputation in the backward. Whatever differs goes to torch.func.
-
-    Raises:
-        TalosError: the logits of a sample depend on the other one.
+    Args:
+        model: bare, see `unwrapped`.
+        parameters: name -> what is scored.
+        forward: the user's hook.
+        estimator: what is differentiated.
+        repeats: R probes an input.
+        precision: of the products.
     """
-    size = min(2, len(labels_of(batch, where)))
-    pair = take(batch, 0, size, len(labels_of(batch, where)))
-    captured, expected = ({name: torch.zeros_like(p, memory_format=torch.contiguous_format, dtype=_score_dtype(p))
-                           for name, p in parameters.items()} for _ in range(2))  # fmt: skip
-    with Capture(parameters, size, captured) as capture:
-        logits, _ = checked_logits(forward, model, pair, where)
-    coefficients = torch.linspace(-1.0, 1.5, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
-    if logits.requires_grad:
-        capture.backward((logits * coefficients).sum(), retain_graph=False)
-    logits = logits.detach()
-    alone = add_squares_by_loop(model, parameters, expected, forward, pair, coefficients)
-    tolerance = 1e-6 if logits.dtype is torch.float64 else 1e-2
-    if float((alone - logits).abs().max()) > tolerance * (1 + float(logits.abs().max())):
-        raise TalosError(
-            f"{where}: logits change with the other samples of the batch, so there is no gradient per sample; remove "
-            "what mixes samples or draws random numbers in evaluation mode"
-        )
-    doubtful = dict(capture.uncovered)
-    scale = max(float(score.max()) for score in expected.values())
-    for name, score in expected.items():
-        # Scores of a tensor with a zero true gradient (attention key biases) are rounding noise on either side.
-        allowed = tolerance * float(score.max()) + torch.finfo(score.dtype).eps ** 2 * scale
-        if name not in doubtful and float((captured[name] - score).abs().max()) > allowed:
-            doubtful[name] = "capture disagrees with a plain backward"
-    for name, reason in doubtful.items():
-        logger.info("%s: %s; its per-sample gradients come from torch.func", name, reason)
-    return doubtful
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    forward: Forward
+    estimator: Estimator
+    repeats: int
+    precision: Precision
+    plan: Plan = field(default_factory=Plan)
+
+    def __post_init__(self) -> None:
+        check_estimator(self.estimator)
+        if self.repeats < 1:
+            raise TalosError(f"samples_per_input={self.repeats}: at least one probe an input is needed")
+        if self.precision not in ("full", "bf16"):
+            raise TalosError(f"precision={self.precision!r}: choose 'full' or 'bf16'")
+        self._examined = False
+        self._announced: set[str] = set()
+        self._random = torch.Generator().manual_seed(0)
+
+    def ledger(
+        self, dtype: torch.dtype | None, device: torch.device | str | None, kept: Mapping[str, Tensor] | None = None
+    ) -> Ledger:
+        """Empty sums for all parameters, or for the rows that have a True entry in ``kept``."""
+        place = None if device is None else torch.device(device)
+        ledger = {}
+        for name, p in self.parameters.items():
+            rows = None if kept is None else wanted_rows(kept[name])
+            if rows is None or len(rows):
+                wide = dtype or torch.promote_types(p.dtype, torch.float32)
+                ledger[name] = Accumulator.zeros(p, wide, place, rows)
+        return ledger
+
+    def score(
+        self, batches: Batches, ledger_of: Callable[[int], Ledger], seed: int, ranks: "Ranks",
+        labels: Sequence[Tensor] | None = None, bar: Callable[[Batches], Iterable[Batch]] = iter,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> int:  # fmt: skip
+        """Adds all batches to their ledgers; returns how many samples there were on all ranks.
+
+        Args:
+            batches: of this rank.
+            ledger_of: number of a batch -> where its squares go; asked for when the model has been examined.
+            seed: of the probes.
+            ranks: the position of this rank's n-th sample in the data is n·world + rank, as `DistributedSampler` deals.
+            labels: sampled labels to use instead of drawing.
+            bar: wraps the batches, to show progress.
+            stop: asked after each batch.
+
+        Raises:
+            TalosError: as `sensitivities`.
+            KeyboardInterrupt: ``stop()`` was true on some rank.
+        """
+        device, count = device_of(self.model), 0
+
+        def run() -> None:
+            nonlocal count
+            for index, batch in enumerate(bar(batches)):
+                where = f"batch {index}"
+                batch = to_device(batch, device)
+                size = len(labels_of(batch, where))
+                if not self._examined:
+                    examine(self.model, self.parameters, self.forward, batch, where, self.plan, self._random)
+                    self._examined = True
+                draws = [
+                    Draws(seed, [(count + n) * ranks.world + ranks.rank for n in range(size)], repeat)
+                    for repeat in range(self.repeats)
+                ]
+                self._add(batch, ledger_of(index), draws, None if labels is None else labels[index], where)
+                count += size
+                if stop():
+                    raise KeyboardInterrupt
+
+        with evaluating(self.model):
+            ranks.together(run)
+        total = ranks.total(count)
+        if not total:
+            raise TalosError(
+                "there is no batch to calibrate on; the iterable was empty (an iterator can be read only once)"
+            )
+        return total
+
+    def _add(self, batch: Batch, ledger: Ledger, draws: Sequence[Draws], sampled: Tensor | None, where: str) -> None:
+        """Adds one batch: captured parameters by one backward a probe, the others by torch.func."""
+        captured = {name: self.parameters[name] for name in ledger if name not in self.plan.uncovered}
+        done = dict.fromkeys(ledger, 0)
+
+        def square(name: str, uses: list[Use]) -> None:
+            add_squares(uses, ledger[name], self.precision)
+            done[name] += 1
+
+        with Capture(captured, len(labels_of(batch, where)), self.plan, square) as capture:
+            logits, labels = checked_logits(self.forward, self.model, batch, where)
+        # Squares of derivatives average over the repeats.
+        probes = [probe(self.estimator, logits, labels, sampled, d) / self.repeats**0.5 for d in draws]
+        capture.run(logits, probes, self._random)
+        self._announce()
+        for n, coefficients in enumerate(probes):
+            rest = [name for name in ledger if name in self.plan.uncovered and done[name] <= n]
+            if rest:
+                parameters = {name: self.parameters[name] for name in rest}
+                add_squares_by_func(self.model, parameters, ledger, self.forward, batch, coefficients)
+
+    def _announce(self) -> None:
+        """Says once for every parameter, in one line a reason, that it is not captured."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.plan.uncovered.items():
+            if name not in self._announced:
+                reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            self._announced.update(names)
+            logger.warning(
+                "no batched rule for %s (%s): per-sample gradients come from torch.func, more slowly",
+                ", ".join(names), reason,
+            )  # fmt: skip
+
+
+def wanted_rows(kept: Tensor) -> Tensor | None:
+    """Indices, on the CPU, of the rows of a bool tensor that hold a True entry; None if all do, or for vectors."""
+    if kept.dim() < 2:
+        return None if bool(kept.any()) else torch.zeros(0, dtype=torch.int64)
+    alive = kept.flatten(1).any(1)
+    return None if bool(alive.all()) else alive.nonzero()[:, 0].cpu()

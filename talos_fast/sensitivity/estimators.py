@@ -5,6 +5,8 @@ summed over the inputs. Differentiating log p(y|x) equals probing with e_y - p, 
 estimator.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -22,14 +24,45 @@ def check_estimator(name: str) -> None:
         raise TalosError(f"estimator={name!r}: choose one of {', '.join(get_args(Estimator))}")
 
 
-def _signs(logits: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
-    return signs.to(logits.device, logits.dtype)
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers that belong to samples: the same ones however the data is batched, split, or where it is scored.
+
+    Args:
+        seed: of everything.
+        samples: position in the data of each of the N samples.
+        repeat: number of the probe.
+    """
+
+    seed: int
+    samples: Sequence[int]
+    repeat: int = 0
+
+    def _generators(self) -> "list[torch.Generator]":
+        return [torch.Generator().manual_seed(_mix(self.seed, sample, self.repeat)) for sample in self.samples]
+
+    def signs(self, width: int) -> Tensor:
+        """±1, (N, width), fp32."""
+        bits = [torch.randint(0, 2, (width,), generator=generator) for generator in self._generators()]
+        return torch.stack(bits).mul_(2).sub_(1).float()
+
+    def uniform(self) -> Tensor:
+        """Uniform in [0, 1), (N, 1), fp64."""
+        return torch.stack([torch.rand(1, dtype=torch.float64, generator=g) for g in self._generators()])
 
 
-def probe(
-    estimator: Estimator, logits: Tensor, labels: Tensor, sampled: Tensor | None, generator: torch.Generator
-) -> Tensor:
+def _mix(*numbers: int) -> int:
+    """One well-spread 63-bit seed (the finalizer of splitmix64, number by number)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 1
+
+
+def probe(estimator: Estimator, logits: Tensor, labels: Tensor, sampled: Tensor | None, draws: Draws) -> Tensor:
     """The coefficients a, (N, K), like ``logits``.
 
     * ``fisher``: a = √p⊙ε - p⟨√p, ε⟩, ε = ±1. E[aaᵀ] = diag(p) - ppᵀ, so E[g'²] is the diagonal Fisher information
@@ -43,19 +76,21 @@ def probe(
         logits: (N, K).
         labels: (N,), the batch's own.
         sampled: (N,), used instead of drawing y; for tests and parity.
-        generator: on the CPU, so that probes do not depend on the device.
+        draws: made on the CPU, so that probes do not depend on the device.
     """
     p = logits.detach().softmax(-1)
     if estimator == "jacobian":
-        return _signs(p, generator)
+        return draws.signs(p.shape[1]).to(p)
     if estimator == "fisher":
-        root = p.sqrt() * _signs(p, generator)
+        root = p.sqrt() * draws.signs(p.shape[1]).to(p)
         return root - p * root.sum(-1, keepdim=True)
     if estimator == "empirical":
         y = labels
     elif sampled is not None:
         y = sampled
     else:
-        y = torch.multinomial(p.float().cpu(), 1, generator=generator)[:, 0]
+        # The inverse of the distribution function, scaled to its last value, which rounding may leave below 1.
+        cumulative = p.double().cpu().cumsum(-1)
+        y = (cumulative <= draws.uniform() * cumulative[:, -1:]).sum(-1)
     chosen = one_hot(y.to(p.device), p.shape[1]).to(p.dtype)
     return chosen if estimator == "sampled-logit" else chosen - p

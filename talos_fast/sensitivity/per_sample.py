@@ -1,14 +1,16 @@
 """Per-sample squared gradients without capture: torch.func for what no rule covers, a plain loop as the judge."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Forward, take
+from talos_fast.sensitivity.uses import Accumulator
 
 logger = logging.getLogger("talos_fast")
 
@@ -28,36 +30,46 @@ class _Hooked(nn.Module):
         return self._forward(self.model, batch)
 
 
-def add_squares(
-    model: nn.Module, parameters: Mapping[str, Tensor], scores: Mapping[str, Tensor],
+def add_squares_by_func(
+    model: nn.Module, parameters: Mapping[str, Tensor], ledger: Mapping[str, Accumulator],
     forward: Forward, batch: Batch, probe: Tensor,
 ) -> None:  # fmt: skip
-    """Adds the squares by `add_squares_by_vmap`, or by `add_squares_by_loop` for a model that vmap refuses."""
-    try:
-        add_squares_by_vmap(model, parameters, scores, forward, batch, probe)
-    except RuntimeError as refusal:
-        logger.info("vmap refuses this model (%s); one backward a sample instead", str(refusal).split("\n")[0])
-        add_squares_by_loop(model, parameters, scores, forward, batch, probe)
-
-
-def add_squares_by_vmap(
-    model: nn.Module, parameters: Mapping[str, Tensor], scores: Mapping[str, Tensor],
-    forward: Forward, batch: Batch, probe: Tensor,
-) -> None:  # fmt: skip
-    """Adds Σ_n (∂ probe[n]·f(x_n) / ∂θ)² to ``scores``, through ``vmap(grad)``, in chunks of bounded memory.
+    """Adds Σ_n (∂ probe[n]·f(x_n) / ∂θ)² in chunks of bounded memory: by vmap, or one by one where vmap refuses.
 
     Args:
-        model: evaluated sample by sample, so operations that need batching rules get them from torch.
+        model: evaluated sample by sample.
         parameters: the ones to differentiate, by name in the model.
-        scores: name -> accumulator of the parameter's shape.
+        ledger: name -> where the squares go.
         forward: the user's hook.
         batch: of N samples; every tensor led by N is split.
         probe: (N, K), constant.
     """
     samples = len(probe)
+    chunk = max(1, CHUNK_ENTRIES // sum(parameter.numel() for parameter in parameters.values()))
+    for start in range(0, samples, chunk):
+        stop = min(samples, start + chunk)
+        part = take(batch, start, stop, samples)
+        try:
+            found = _by_vmap(model, parameters, forward, part, probe[start:stop])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as refusal:
+            logger.info("vmap refuses this model (%s); one backward a sample instead", str(refusal).split("\n")[0])
+            for _, gradients in gradients_one_by_one(model, parameters, forward, part, probe[start:stop]):
+                for name, gradient in gradients.items():
+                    ledger[name].add(gradient.to(ledger[name].values.dtype).square())
+            continue
+        for name, gradients_of_all in found.items():
+            ledger[name].add(gradients_of_all.to(ledger[name].values.dtype).square().sum(0))
+
+
+def _by_vmap(
+    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor
+) -> dict[str, Tensor]:
+    """Name -> per-sample gradients (N, *shape), by ``vmap(grad)``."""
     hooked = _Hooked(model, forward)
     leaves, structure = tree_flatten(batch)
-    batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples for leaf in leaves]
+    batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == len(probe) for leaf in leaves]
 
     def scalar(tracked: dict[str, Tensor], coefficients: Tensor, *rows: Tensor) -> Tensor:
         split = iter(rows)
@@ -68,34 +80,26 @@ def add_squares_by_vmap(
 
     tracked = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     rows = [leaf for leaf, is_row in zip(leaves, batched, strict=True) if is_row]
-    chunk = max(1, CHUNK_ENTRIES // sum(parameter.numel() for parameter in parameters.values()))
-    for start in range(0, samples, chunk):
-        part = slice(start, start + chunk)
-        per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
-        gradients = per_sample(tracked, probe[part], *[row[part] for row in rows])
-        for name, score in scores.items():
-            score += gradients[f"model.{name}"].to(score.dtype).square().sum(0)
+    per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
+    return {name.removeprefix("model."): g for name, g in per_sample(tracked, probe, *rows).items()}
 
 
-def add_squares_by_loop(
-    model: nn.Module, parameters: Mapping[str, Tensor], scores: Mapping[str, Tensor],
-    forward: Forward, batch: Batch, probe: Tensor,
-) -> Tensor:  # fmt: skip
-    """The same, by one plain backward a sample; returns the logits (N, K), each from a batch of one."""
+def gradients_one_by_one(
+    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """For each sample in a batch of its own: its logits (K,), and the gradients by name of what is reached."""
     names, tensors = list(parameters), list(parameters.values())
-    flags = [tensor.requires_grad for tensor in tensors]
-    logits = []
-    try:
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        for n, coefficients in enumerate(probe):
+    for n, coefficients in enumerate(probe):
+        flags = [tensor.requires_grad for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.requires_grad_(True)
             single = forward(model, take(batch, n, n + 1, len(probe)))
+            if not single.requires_grad:
+                raise TalosError("the logits do not depend on any maskable parameter; pass include= with others")
             gradients = torch.autograd.grad((single[0] * coefficients).sum(), tensors, allow_unused=True)
-            logits.append(single.detach())
-            for name, gradient in zip(names, gradients, strict=True):
-                if gradient is not None:
-                    scores[name].add_(gradient.to(scores[name].dtype).square())
-    finally:
-        for tensor, flag in zip(tensors, flags, strict=True):
-            tensor.requires_grad_(flag)
-    return torch.cat(logits)
+        finally:
+            for tensor, flag in zip(tensors, flags, strict=True):
+                tensor.requires_grad_(flag)
+        reached = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+        yield single[0].detach(), reached

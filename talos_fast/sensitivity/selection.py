@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from talos_fast.errors import TalosError
@@ -25,6 +26,17 @@ def patterns(given: str | Iterable[str] | None) -> list[str] | None:
     return [given] if isinstance(given, str) else None if given is None else list(given)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile; prefixes are no part of names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
 def maskable_parameters(
     model: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
 ) -> dict[str, nn.Parameter]:
@@ -34,14 +46,16 @@ def maskable_parameters(
     positions, heads and output projections stay frozen. Parameters that do not require a gradient stay frozen too.
 
     Args:
-        model: any module; tied parameters come once, under their first name.
+        model: any module; tied parameters come once, under their first name. Wrappers are looked through, see
+            `unwrapped`.
         include: shell patterns of names; what they match is maskable, even if it is frozen by default, and nothing
             else is.
         exclude: shell patterns of names to leave out, after ``include``.
 
     Raises:
-        TalosError: a pattern that matches no parameter, or nothing is left.
+        TalosError: a pattern that matches no parameter, nothing is left, or a parameter is sharded.
     """
+    model = unwrapped(model)
     include, exclude = patterns(include), patterns(exclude) or []
     names = [name for name, _ in model.named_parameters()]
     for pattern in [*(include or []), *exclude]:
@@ -58,6 +72,12 @@ def maskable_parameters(
             wanted = _matches(name, include)
         if wanted and parameter.requires_grad and parameter.is_floating_point() and not _matches(name, exclude):
             chosen[name] = parameter
+    for name, parameter in chosen.items():
+        if type(parameter.data) is not torch.Tensor:
+            raise TalosError(
+                f"{name!r} is a {type(parameter.data).__name__}, not a plain tensor; calibrate a model that is neither "
+                "sharded nor quantised"
+            )
     if not chosen:
         raise TalosError(
             f"{type(model).__name__} has no maskable parameter among {len(names)}: all are embeddings, heads, excluded "

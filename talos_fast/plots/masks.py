@@ -1,32 +1,19 @@
-"""Pictures: the structure of a mask, and the weight disentanglement error of a pair of tasks. Needs matplotlib."""
+"""The structure of masks: density by layer and kind, the weights of one block, and the overlap between tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.storage import atomic
-from talos_fast.structure import KINDS, density_by_part
+from talos_fast.mask import Mask
+from talos_fast.plots.figure import new_figure, save
+from talos_fast.plots.matrices import draw_matrix
+from talos_fast.structure import KINDS, density_by_kind, density_by_part
 
 COLUMNS = 48  # cells along the longer side of a weight's picture
-
-
-def _figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TalosError("plots need matplotlib; pip install 'talos-fast[plots]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(squeeze=False, **grid)
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    with atomic(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=130, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def _cells(mask: Tensor) -> Tensor:
@@ -57,7 +44,7 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
     block = max((layer for layer in layers if layer >= 0), key=lambda layer: by_layer[layer], default=-1)
     marker = f".{block}."
     weights = {name: mask for name, mask in masks.items() if marker in f".{name}" and mask.dim() >= 2}
-    figure, axes = _figure(3.2 * max(2, len(weights)), 6.4, nrows=2, ncols=max(1, len(weights)))
+    figure, axes = new_figure(3.2 * max(2, len(weights)), 6.4, nrows=2, ncols=max(1, len(weights)))
     grid = axes[0, 0].get_gridspec()
     for axis in axes[0]:
         axis.remove()
@@ -78,34 +65,30 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(title or f"mask structure; below: the weights of block {block}")
-    _save(figure, path)
+    save(figure, path)
 
 
-def plot_disentanglement(
-    errors: Tensor, alphas: Sequence[float], path: str | Path, *, tasks: tuple[str, str], title: str = ""
-) -> None:
-    """Heat map of ξ(α1, α2) (Ortiz-Jimenez et al. 2023), with the range of the α search drawn on it.
+def plot_mask_overlap(masks: Mapping[str, Mask], path: str | Path, *, title: str = "") -> None:
+    """Jaccard index of the masks of every pair of tasks, and the density of each mask by kind of parameter.
 
     Args:
-        errors: (A, A), in [0, 1]; ``errors[i, j]`` at α1 = alphas[i], α2 = alphas[j].
-        alphas: ascending.
+        masks: task -> its mask, of one model.
         path: of the picture.
-        tasks: names, of α1 and α2.
         title: printed on top.
-    """
-    from matplotlib.patches import Rectangle
 
-    figure, axes = _figure(5.4, 4.6)
-    axis = axes[0, 0]
-    half = (alphas[1] - alphas[0]) / 2
-    extent = (alphas[0] - half, alphas[-1] + half, alphas[0] - half, alphas[-1] + half)
-    image = axis.imshow(
-        errors.T.numpy(), origin="lower", extent=extent, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest"
-    )
-    axis.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor="tab:cyan", linewidth=2))
-    axis.text(0.5, 1.03, "search range", color="tab:cyan", ha="center", va="bottom", fontsize=8)
-    axis.set_xlabel(f"α of {tasks[0]}")
-    axis.set_ylabel(f"α of {tasks[1]}")
-    figure.colorbar(image, ax=axis, label="disentanglement error ξ (mean of both tasks)")
-    figure.suptitle(title or "weight disentanglement")
-    _save(figure, path)
+    Raises:
+        TalosError: no mask, masks of different shapes, or matplotlib is missing.
+    """
+    if not masks:
+        raise TalosError("there is no mask to draw; pass at least one")
+    names, tasks = list(masks), list(masks.values())
+    overlap = [[first.overlap(second)["total"] for second in tasks] for first in tasks]
+    counts = [density_by_kind(mask) for mask in tasks]
+    kinds = [kind for kind in KINDS if any(kind in count for count in counts)]
+    density = [[count[kind].density if kind in count else float("nan") for count in counts] for kind in kinds]
+    side = 1.8 + 0.62 * len(names)
+    figure, axes = new_figure(2 * side + 2.2, max(3.0, side), ncols=2)
+    draw_matrix(figure, axes[0, 0], overlap, names, names, label="overlap (Jaccard)", limits=(0, 1))
+    draw_matrix(figure, axes[0, 1], density, kinds, names, label="fraction that trains", limits=(0, 1))
+    figure.suptitle(title or "masks of the tasks")
+    save(figure, path)

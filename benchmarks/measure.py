@@ -1,0 +1,51 @@
+"""Timing of contenders in one process, and the machine they ran on."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import talos_fast
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Seconds of each contender: median, least, most. One after the other in every round; the first does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(1 + rounds):
+        for name, run in contenders.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {"median": statistics.median(times), "min": min(times), "max": max(times)}
+        for name, times in seconds.items()
+    }
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a result must say about where and when it was measured."""
+    processor = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "device": device, "processor": processor, "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+        "talos_fast": talos_fast.__version__, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

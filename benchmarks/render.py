@@ -1,0 +1,109 @@
+"""The README's cost table and the efficiency plot, from the JSON that was measured: ``python benchmarks/render.py``.
+
+Writes ``table.md`` and ``efficiency.png`` beside the results.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from show import ORDER, SHOWN, Cell, cells, heading, measured, rows_of
+
+from talos_fast.storage import atomic
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("ViT-B-32", "ViT-L-14", "T5-Large")
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The measured tables, GPUs first, in the order of the paper."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("table_*.json"))]
+    known = [content for content in found if any("missing" not in row for row in content["rows"])]
+    return sorted(known, key=lambda c: (c["device"] != "cuda", (*MODELS, c["model"]).index(c["model"])))
+
+
+def markdown(contents: list[dict[str, Any]]) -> str:
+    """One table a model and machine."""
+    return "\n".join(line for content in contents for line in _table(content))
+
+
+def _table(content: dict[str, Any]) -> Iterator[str]:
+    peak = "peak" if content["device"] == "cuda" else "peak above the model"
+    names = ("method", *SHOWN[:-1], peak)
+    for variant, meaning in content["variants"].items():
+        rows = [row for row in rows_of(content) if row["variant"] == variant]
+        if rows:
+            yield f"**{heading(content)}**, {meaning}; batch {content.get('batch', '')}"
+            yield ""
+            yield _row(names)
+            yield _row(["---"] * len(names))
+            yield from (_row([row["method"], *_figures(content, row)]) for row in rows)
+            yield ""
+
+
+def _row(columns: Any) -> str:
+    return "| " + " | ".join(columns) + " |"
+
+
+def _figures(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    if "missing" in row:
+        return [f"not measured: {row['missing']}", *[""] * (len(SHOWN) - 1)]
+    found = cells(content, row)
+    return [_figure(column, found.get(column)) for column in SHOWN]
+
+
+def _figure(column: str, cell: Cell | None) -> str:
+    if cell is None:
+        return "not measured"
+    value = measured(column, cell)
+    paper_ratio = "" if cell.paper is None else f" (paper {cell.paper:.2f})"
+    return f"{value}, ×{cell.ratio:.2f}{paper_ratio}" if cell.ratio is not None else value
+
+
+def plot(contents: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory of an iteration, both over full fine-tuning; hollow: the paper's figures."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(contents), 4.2), layout="constrained")
+    colours = {method: f"C{number}" for number, method in enumerate(ORDER)}
+    for axis, content in zip(figure.subplots(1, len(contents), squeeze=False)[0], contents, strict=True):
+        for row in rows_of(content):
+            found = {} if "missing" in row else cells(content, row)
+            if row["variant"] == "paper" or not {"total", "peak"} <= found.keys():
+                continue
+            x, y = found["total"], found["peak"]
+            marker = "o" if row["variant"] == "eager" else "s"
+            axis.plot(
+                x.ratio, y.ratio, marker, color=colours[row["method"]], label=f"{row['method']}, {row['variant']}"
+            )
+            if row["variant"] == "eager" and x.paper is not None and y.paper is not None:
+                axis.plot(x.paper, y.paper, "o", color=colours[row["method"]], fillstyle="none")
+        axis.set(
+            xlabel="iteration time / full fine-tuning",
+            ylabel="peak memory / full fine-tuning",
+            xlim=(0, None),
+            ylim=(0, None),
+        )
+        axis.set_title(f"{content['model']}, {content['device_name']}", fontsize=9)
+        axis.legend(fontsize=7)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def main() -> None:
+    """Renders what is in the results folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    folder = parser.parse_args().results
+    contents = load(folder)
+    if not contents:
+        parser.error(f"no measured table_*.json in {folder}; run pytest benchmarks/table.py --benchmark first")
+    (folder / "table.md").write_text(markdown(contents))
+    plot(contents, folder / "efficiency.png")
+    print(f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The methods as the paper ran them: autocast, a GradScaler, a dense clip, foreach AdamW or a dense masked AdamW."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from workloads import Workload
+
+from talos_fast.forward import Batch, labels_of
+from talos_fast.methods import Setup
+from talos_fast.profiling.iteration import FinetuneIteration
+from talos_fast.profiling.measure import Mark
+from talos_fast.step import Amp, Loss, autocasts
+
+OPTIONS = {"lr": 1e-5, "weight_decay": 0.1}
+
+
+class DenseMaskedAdamW(Optimizer):
+    """AdamW with a learning rate times a dense score, one an entry; moments of everything, a loop over tensors.
+
+    Written from the formula: θ ← θ(1 - s·lr·wd);  m, v as in Adam;  θ ← θ - s·lr/(1 - β1ⁿ) · m / (√v/√(1 - β2ⁿ) + ε).
+
+    Args:
+        params: parameters.
+        scores: parameter -> s, of its shape and dtype; 1 where it is missing.
+        lr, weight_decay: AdamW's.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], scores: Mapping[Tensor, Tensor], lr: float, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._scores = {p: scores.get(p, torch.ones_like(p)) for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter with a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group["lr"], group["weight_decay"])
+
+    def _update(self, p: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[p]
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state["step"] += 1
+        m, v, score = state["exp_avg"], state["exp_avg_sq"], self._scores[p]
+        p.mul_(1 - score * (lr * weight_decay))
+        m.mul_(0.9).add_(p.grad, alpha=0.1)
+        v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+        denominator = (v.sqrt() / (1 - 0.999 ** state["step"]) ** 0.5).add_(1e-8)
+        p.sub_(score * (lr / (1 - 0.9 ** state["step"])) * (m / denominator))
+
+
+class PaperIteration(FinetuneIteration):
+    """The released loop: scaled loss, `unscale_`, the norm of all gradients, `scaler.step`, `scaler.update`."""
+
+    def __init__(self, setup: Setup, model: nn.Module, batch: Batch, loss: Loss, clip: float | None, amp: Amp) -> None:
+        super().__init__(setup, model, batch, loss, clip, amp)
+        self._model, self._loss = model, loss
+        self._parameters = list(setup.trained.values())
+        device = self._parameters[0].device.type
+        self._autocast = torch.autocast(device, torch.bfloat16, enabled=autocasts(amp, self._parameters[0]))
+        self._scaler = torch.amp.GradScaler(device)
+
+    def forward_loss(self) -> Tensor:
+        """The scalar loss of the batch, of which nothing is checked."""
+        with self._autocast:
+            logits = self.setup.forward(self._model, self._batch)
+            return self._loss(logits.float(), labels_of(self._batch, "the batch"))
+
+    def run(self, mark: Mark) -> None:
+        """One iteration; see `Iteration`."""
+        scaler, optimizer = self._scaler, self.setup.optimizer
+        scaler.scale(self.forward_loss()).backward()
+        mark()
+        scaler.unscale_(optimizer)
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        mark()
+        scaler.step(optimizer)
+        scaler.update()
+        mark()
+        optimizer.zero_grad(set_to_none=True)
+        mark()
+
+    def check(self) -> None:
+        """Refuses timings of steps that the scaler skipped."""
+        if self._scaler.get_scale() < 2.0**16:
+            raise RuntimeError("the scaler found infinite gradients and skipped steps; their time means nothing")
+
+
+def as_the_paper_ran_it(method: str, setup: Setup, workload: Workload) -> tuple[dict[str, Tensor], Optimizer]:
+    """What trains, and the optimizer over it, in the released code.
+
+    TaLoS froze tensors without a selected entry, but not the raw parameters, which no maskable module owns. LoTA froze
+    nothing on vision models: what was not selected trained at a tenth of the rate.
+    """
+    parameters = dict(workload.model.named_parameters())
+    if method not in ("talos", "lota"):
+        return dict(setup.trained), AdamW(setup.trained.values(), foreach=True, **OPTIONS)
+    mask, rest = (workload.talos, 0.0) if method == "talos" else (workload.lota, workload.spec.soft)
+    raw = workload.spec.dense
+    for name, p in parameters.items():
+        p.requires_grad_(name in raw or bool(mask[name].any()) or rest > 0)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    scores = {p: mask[name].to(p) * (1 - rest) + rest for name, p in trained.items() if name not in raw}
+    return trained, DenseMaskedAdamW(trained.values(), scores, **OPTIONS)

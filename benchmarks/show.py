@@ -1,0 +1,116 @@
+"""A cost table as text: each figure, its ratio to full fine-tuning in the same variant, and the paper's ratio."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import paper
+
+from talos_fast.profiling.measure import COLUMNS, Timings
+
+SHOWN = ("fwd-bwd", "step", "clip+step", "total", "peak")
+ORDER = ("nonlinear", "linearized", "l-lora", "lota", "talos")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure.
+
+    Args:
+        value: seconds, or bytes for "peak".
+        low, high: the least and the largest of the rounds; the value itself for "peak".
+        ratio: to full fine-tuning in the same variant; for times the median over the rounds.
+        paper: the paper's ratio, where it has one.
+    """
+
+    value: float
+    low: float
+    high: float
+    ratio: float | None
+    paper: float | None
+
+
+def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows in the order of the paper, variants together."""
+    variants = list(content["variants"])
+    return sorted(content["rows"], key=lambda row: (variants.index(row["variant"]), ORDER.index(row["method"])))
+
+
+def cells(content: dict[str, Any], row: dict[str, Any], against: str | None = None) -> dict[str, Cell]:
+    """Column -> figure of a measured row.
+
+    Args:
+        content: the file.
+        row: one of its rows.
+        against: the variant of full fine-tuning that ratios are to; default: the row's own.
+    """
+    against = against or row["variant"]
+    mine, base = Timings(row["seconds"]), row["baselines"].get(against)
+    found = {}
+    for column in SHOWN[:-1]:
+        times = mine.of(*COLUMNS[column])
+        ratio = None if base is None else mine.ratio(Timings(base), *COLUMNS[column])
+        known = paper.ratio(content["model"], row["method"], column)
+        found[column] = Cell(mine.median(*COLUMNS[column]), min(times), max(times), ratio, known)
+    peak = peak_bytes(content, row)
+    if peak is not None:
+        full = [r for r in content["rows"] if (r["method"], r["variant"]) == ("nonlinear", against)]
+        whole = peak_bytes(content, full[0]) if full else None
+        ratio = peak / whole if whole else None
+        found["peak"] = Cell(peak, peak, peak, ratio, paper.ratio(content["model"], row["method"], "peak"))
+    return found
+
+
+def peak_bytes(content: dict[str, Any], row: dict[str, Any]) -> int | None:
+    """On a GPU the peak with the model in it, as in the paper; on the CPU what lies above the model."""
+    above: int | None = row.get("peak_bytes")
+    if above is None:
+        return None
+    return above + (content["model_bytes"] if content["device"] == "cuda" else 0)
+
+
+def text(content: dict[str, Any]) -> str:
+    """The table for a terminal."""
+    return "\n".join(_lines(content))
+
+
+def _lines(content: dict[str, Any]) -> Iterator[str]:
+    yield heading(content)
+    yield "each figure: median, × full fine-tuning in the same variant (the paper's ratio)"
+    peak = "peak" if content["device"] == "cuda" else "peak over model"
+    yield f"{'':22s}" + "".join(f"{name:>25s}" for name in (*SHOWN[:-1], peak))
+    for row in rows_of(content):
+        name = f"{row['method']}, {row['variant']}"
+        if "missing" in row:
+            yield f"{name:22s}  not measured: {row['missing']}"
+            continue
+        found = cells(content, row)
+        yield f"{name:22s}" + "".join(f"{figure(column, found.get(column)):>25s}" for column in SHOWN)
+
+
+def heading(content: dict[str, Any]) -> str:
+    """What was measured, and where."""
+    where = f"{content['device_name']}, {content['threads']} threads, torch {content['torch']}"
+    if "inputs" not in content:
+        return f"{content['model']}: {where}"
+    precision = "bf16 autocast" if content["bf16"] else "fp32"
+    return (
+        f"{content['model']}: {content['inputs']}, {content['parameters']:,} parameters ({content['weights']}), "
+        f"{precision}; {where}"
+    )
+
+
+def measured(column: str, cell: Cell) -> str:
+    """The figure with its unit."""
+    if column != "peak":
+        return f"{1e3 * cell.value:.1f} ms"
+    return f"{cell.value / 2**30:.2f} GiB" if cell.value >= 2**30 else f"{cell.value / 2**20:.1f} MiB"
+
+
+def figure(column: str, cell: Cell | None) -> str:
+    """``12.3 ms ×0.44 (0.34)``."""
+    if cell is None:
+        return "not measured"
+    value = measured(column, cell)
+    ratio = "" if cell.ratio is None else f" ×{cell.ratio:.2f}"
+    return value + ratio + ("" if cell.paper is None else f" ({cell.paper:.2f})")

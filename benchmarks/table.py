@@ -1,0 +1,139 @@
+"""The paper's cost table: time of each phase of an iteration and peak memory, of every method in every variant.
+
+Each contender is timed in turn with full fine-tuning ("nonlinear") in the variants chosen, in one process, so that a
+row holds its own baselines and can be read as ratios whatever the machine was doing. Peak memory on the CPU is read in
+a process of its own.
+"""
+
+import gc
+import time
+from typing import Any
+
+import pytest
+import torch
+from choice import Choice, choice
+from contenders import VARIANTS, contender, peak_above_model, peak_in_own_process
+from records import merge_rows, revision
+from rivals import PaperIteration
+from show import text
+from workloads import SPECS, Workload, build, bytes_free, bytes_needed
+
+from talos_fast.environment import environment
+from talos_fast.profiling.iteration import FinetuneIteration
+from talos_fast.profiling.measure import interleave
+from talos_fast.profiling.work import count_work, entries_that_train, step_bytes
+from talos_fast.storage import write_json
+
+BASELINE = "nonlinear"
+
+
+@pytest.mark.parametrize("model", SPECS)
+def test_table(model: str, request: pytest.FixtureRequest) -> None:
+    chosen = choice(request.config)
+    if model not in chosen.models:
+        pytest.skip(f"not among the models {', '.join(chosen.models)}")
+    table = Table(model, chosen)
+    table.measure()
+    path = request.config.getoption("--results") / f"table_{model}_{chosen.device.type}.json"
+    content = merge_rows(path, table.content())
+    write_json(path, content)
+    print("\n" + text(content))
+    assert not table.broken, table.broken
+
+
+class Table:
+    """The rows of one model, measured one after another.
+
+    Args:
+        model: a key of `SPECS`.
+        chosen: what to measure.
+
+    Attributes:
+        broken: rows that failed for no good reason; a missing package and a lack of memory are good ones.
+    """
+
+    def __init__(self, model: str, chosen: Choice) -> None:
+        self._model, self._chosen = model, chosen
+        self._size = chosen.batch or getattr(SPECS[model], f"{chosen.device.type}_batch")
+        self._about: dict[str, Any] = {"model": model}
+        self._rows: list[dict[str, Any]] = []
+        self._baselines: dict[str, FinetuneIteration] = {}
+        self.broken: list[str] = []
+
+    def content(self) -> dict[str, Any]:
+        """Everything measured so far, as JSON."""
+        about = environment(self._chosen.device) | self._about
+        return {"benchmark": "table", **about, "variants": VARIANTS, "rows": self._rows}
+
+    def measure(self) -> None:
+        """The baselines first, then every other contender beside them."""
+        order = [(BASELINE, variant) for variant in self._chosen.variants]
+        order += [(m, v) for m in self._chosen.methods for v in self._chosen.variants if m != BASELINE]
+        workload, reason = self._built()
+        for method, variant in order:
+            row = {"method": method, "variant": variant, "date": time.strftime("%Y-%m-%d"), "revision": revision()}
+            if workload is None:
+                row["missing"] = reason
+            else:
+                row |= self._row(workload, method, variant)
+            self._rows.append(row)
+
+    def _built(self) -> tuple[Workload | None, str]:
+        try:
+            needed = bytes_needed(self._model, len(self._chosen.variants))
+            free = bytes_free(self._chosen.device)
+            if free is not None and needed > free:
+                return None, f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+            workload = build(self._model, self._size, self._chosen.device)
+        except ImportError as error:
+            return None, f"{error.name} is not installed"
+        sizes = {"model_bytes": sum(t.nbytes for t in (*workload.model.parameters(), *workload.model.buffers()))}
+        self._about = workload.about | sizes | {"bf16": self._chosen.bf16}
+        return workload, ""
+
+    def _row(self, workload: Workload, method: str, variant: str) -> dict[str, Any]:
+        try:
+            return self._measured(workload, method, variant)
+        except torch.OutOfMemoryError:
+            return {"missing": "out of memory"}
+        except Exception as error:  # the other rows must not be lost with this one
+            message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            self.broken.append(f"{method}, {variant}: {message}")
+            return {"missing": message}
+        finally:
+            workload.model.zero_grad(set_to_none=True)
+            gc.collect()
+            if self._chosen.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _measured(self, workload: Workload, method: str, variant: str) -> dict[str, Any]:
+        chosen = self._chosen
+        torch._dynamo.utils.counters.clear()
+        if chosen.device.type == "cuda":
+            iteration, peak = peak_above_model(workload, method, variant, chosen.bf16)
+        else:
+            peak = peak_in_own_process(self._model, self._size, method, variant, chosen.bf16)
+            iteration = contender(workload, method, variant, chosen.bf16)
+        key = f"{method} {variant}"
+        group = {f"{BASELINE} {name}": baseline for name, baseline in self._baselines.items()} | {key: iteration}
+        timings = interleave(group, chosen.device, warmup=2, rounds=chosen.rounds)
+        if method == BASELINE:
+            self._baselines[variant] = iteration
+        if isinstance(iteration, PaperIteration):
+            iteration.check()
+        baselines = {name: timings[f"{BASELINE} {name}"].seconds for name in self._baselines}
+        row = {"seconds": timings[key].seconds, "baselines": baselines, "peak_bytes": peak}
+        if variant == "compiled":
+            row["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+        return row | self._counted(workload, iteration, variant)
+
+    def _counted(self, workload: Workload, iteration: FinetuneIteration, variant: str) -> dict[str, Any]:
+        # What the paper ran steps everything that has a selected entry.
+        masks = None if variant == "paper" else iteration.setup.mask
+        trained = iteration.setup.trained
+        counted = {"trained": entries_that_train(trained, masks), "step_bytes": step_bytes(trained, masks)}
+        if not iteration.setup.info.get("linearized") and variant != "compiled":
+            iteration.prepare()
+            work = count_work(iteration.forward_loss, dict(workload.model.named_parameters()), masks)
+            return counted | {"work": vars(work)}
+        return counted

@@ -1,0 +1,95 @@
+"""`Cells`: what a study has finished, by name, so that one that was killed goes on where it stood."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from talos_fast import storage
+from talos_fast.errors import TalosError
+from talos_fast.mask import Mask
+from talos_fast.task_vector import TaskVector
+
+IDENTITY = "plan.json"
+
+
+class Cells:
+    """Finished parts of a computation, each made once: kept in a folder, or in memory.
+
+    Every file is written atomically, so a part is there as a whole or not at all.
+
+    Args:
+        folder: made if it is not there; None keeps everything in memory.
+        identity: what is computed (JSON); kept in the folder.
+
+    Raises:
+        TalosError: the folder holds parts of another computation, or cannot be written.
+    """
+
+    def __init__(self, folder: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
+        self._folder = folder
+        self._memory: dict[str, Any] = {}
+        if folder is None:
+            return
+        mine = json.loads(json.dumps(identity))
+        path = folder / IDENTITY
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
+        if theirs != mine:
+            differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+            raise TalosError(
+                f"{folder}: holds results of another plan, which differs in {', '.join(differing)}; "
+                "give another folder, or remove it"
+            )
+        storage.write_json(path, mine)
+
+    def value(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """JSON."""
+
+        def load(path: Path) -> dict[str, Any]:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return content
+
+        found: dict[str, Any] = self._get(make, f"{name}.json", storage.write_json, load)
+        return found
+
+    def mask(self, name: str, make: Callable[[], Mask]) -> Mask:
+        """A mask."""
+        found: Mask = self._get(make, f"{name}.safetensors", lambda path, mask: mask.save(path), Mask.load)
+        return found
+
+    def vector(self, name: str, make: Callable[[], TaskVector]) -> TaskVector:
+        """A task vector, in a folder of its own."""
+
+        def save(path: Path, vector: TaskVector) -> None:
+            vector.save_pretrained(path.parent)
+
+        def load(path: Path) -> TaskVector:
+            return TaskVector.from_pretrained(path.parent)
+
+        found: TaskVector = self._get(make, _vector_file(name), save, load)
+        return found
+
+    def drop(self, name: str) -> None:
+        """Forgets a vector that is not needed any more."""
+        self._memory.pop(_vector_file(name), None)
+        if self._folder is not None:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def _get(
+        self, make: Callable[[], Any], file: str, save: Callable[[Path, Any], Any], load: Callable[[Path], Any]
+    ) -> Any:
+        if self._folder is None:
+            if file not in self._memory:
+                self._memory[file] = make()
+            return self._memory[file]
+        path = self._folder / file
+        if path.exists():
+            return load(path)
+        made = make()
+        save(path, made)
+        return made
+
+
+def _vector_file(name: str) -> str:
+    return f"{name}/task_vector.safetensors"

@@ -1,0 +1,55 @@
+"""``talos-fast profile``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import talos_fast as talos
+from talos_fast import storage
+from talos_fast.cli import options as o
+from talos_fast.step import Amp
+
+app = typer.Typer()
+
+
+@app.command()
+def profile(
+    model: o.Model,
+    data: o.Data,
+    pretrained: o.Pretrained = None,
+    weights: o.Weights = None,
+    method: Annotated[str, typer.Option(help="Measured beside full fine-tuning.")] = "talos",
+    mask: Annotated[Path | None, typer.Option(help="What calibrate wrote; for talos.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction that trains; for lota.")] = None,
+    finetuned: Annotated[Path | None, typer.Option(help="A vector of full fine-tuning; for lota.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of adapters; for l-lora.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Of adapters; for l-lora.")] = None,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
+    amp: Annotated[Amp, typer.Option(help="bf16 autocast; auto: on CUDA.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Measurements of each, interleaved.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 2,
+    trace: Annotated[Path | None, typer.Option(help="One iteration as a Chrome trace: .json or .json.gz.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Everything measured, as JSON.")] = None,
+    batch_size: o.BatchSize = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    config: o.Config = None,
+    verbose: o.Verbose = False,
+) -> None:
+    """Time and memory of a training iteration, beside full fine-tuning, with the counted floor."""
+    selected = None if mask is None else talos.Mask.load(mask)
+    changed = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
+    (task,) = o.load_tasks([data])
+    backbone = o.load_backbone(model, pretrained, device, dtype)
+    classifier = backbone.classifier(task)
+    o.load_weights(classifier, weights)
+    batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=seed)
+    found = talos.profile(
+        classifier, batches, method=method, mask=selected, density=density, finetuned=changed, rank=rank,
+        lora_alpha=lora_alpha, clip=clip or None, amp=amp, rounds=rounds, warmup=warmup, trace=trace,
+    )  # fmt: skip
+    typer.echo(str(found))
+    if out is not None:
+        storage.write_json(out, {**found.to_json(), "model": model, "pretrained": pretrained, "task": task.name})

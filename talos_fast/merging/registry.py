@@ -1,0 +1,65 @@
+"""The merging methods by name, and `combine`, which runs one."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from talos_fast.errors import TalosError
+from talos_fast.merging.breadcrumbs import breadcrumbs
+from talos_fast.merging.consensus import consensus
+from talos_fast.merging.dare import dare_linear, dare_ties
+from talos_fast.merging.ties import magnitude_prune, ties
+from talos_fast.task_vector import TaskVector
+
+
+def task_arithmetic(vectors: Sequence[TaskVector]) -> TaskVector:
+    """Σ_t τ_t (Ilharco et al. 2023)."""
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    return total
+
+
+METHODS: dict[str, Callable[..., TaskVector]] = {
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare": dare_linear,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+    "magnitude_prune": magnitude_prune,
+    "breadcrumbs": breadcrumbs,
+    "consensus": consensus,
+}
+"""Each takes the vectors, and options by keyword; "dare" is the paper's name of what peft calls "dare_linear"."""
+
+
+def combine(
+    vectors: Sequence[TaskVector],
+    weights: Sequence[float] | None = None,
+    method: str = "task_arithmetic",
+    **options: Any,
+) -> TaskVector:
+    """The vectors w_t τ_t merged into one.
+
+    Args:
+        vectors: of one base.
+        weights: one a vector; all 1 by default. They scale the vectors before anything else is done.
+        method: one of `METHODS`.
+        **options: of the method, such as ``density``.
+
+    Raises:
+        TalosError: no vector, another number of weights, vectors of different bases, an unknown method, or an option
+            that the method does not have or refuses.
+    """
+    if method not in METHODS:
+        raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    if not vectors:
+        raise TalosError("there is no task vector to merge; pass at least one")
+    if weights is not None and len(weights) != len(vectors):
+        raise TalosError(f"{len(weights)} weights for {len(vectors)} task vectors; give one a vector")
+    known = [name for name in inspect.signature(METHODS[method]).parameters if name != "vectors"]
+    if foreign := sorted(options.keys() - set(known)):
+        has = ", ".join(known) or "no options"
+        raise TalosError(f"method {method!r} has no option {foreign[0]!r}; it has {has}")
+    scaled = vectors if weights is None else [w * vector for w, vector in zip(weights, vectors, strict=True)]
+    return METHODS[method](scaled, **options)

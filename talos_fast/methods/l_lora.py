@@ -1,0 +1,122 @@
+"""L-LoRA (Tang et al. 2024): LoRA on the query and value projections, linearized in its factors around their start."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from talos_fast.delta import SparseDelta
+from talos_fast.edit import Edit
+from talos_fast.errors import TalosError
+from talos_fast.forward import Batch
+from talos_fast.indexing import flat_indices, gather
+from talos_fast.linear import Linearized
+from talos_fast.methods.base import Deltas, Request, Setup
+from talos_fast.structure import parts
+
+RANK = 16
+LORA_ALPHA = 32.0
+ADAPTED = ("query", "value")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """scale · B A on some rows of a weight.
+
+    Args:
+        name: of the weight.
+        rows: that it changes.
+        a: A0, (r, columns); fixed.
+        b: B, (rows, r); starts at zero, and trains.
+    """
+
+    name: str
+    rows: slice
+    a: Tensor
+    b: nn.Parameter
+
+
+def l_lora(request: Request) -> Setup:
+    """Trains the factors of W + (lora_alpha / r) B A in the first-order expansion of the model around (A0, B0 = 0).
+
+    The derivative by A is (lora_alpha / r) B0 dA = 0, so that B alone moves the function: the expansion is the one of
+    the model in the direction (lora_alpha / r) B A0 of its weights, and A stays at A0. A0 is drawn as in LoRA (Kaiming
+    uniform), from the name of the weight alone: it is the same for every task, run and seed, so that B of several tasks
+    add up, and the vector holds the exact dense change of each weight.
+
+    Queries and values are told by parameter name (`talos_fast.structure`), their rows in fused projections (``qkv``,
+    ``in_proj_weight``) included, which adapters on modules cannot reach.
+
+    The released code multiplies by lora_alpha instead of lora_alpha / r, trains the base weights of the adapted
+    modules, merges B of one task with A0 of another, and linearizes each adapter by itself inside a network that stays
+    non-linear. Here the whole network is linear in B, as the paper's Eq. 5 has it.
+
+    Raises:
+        TalosError: no query or value projection requires a gradient, or a rank or scale that is not positive.
+    """
+    rank = RANK if request.options.rank is None else request.options.rank
+    alpha = LORA_ALPHA if request.options.lora_alpha is None else request.options.lora_alpha
+    if rank < 1 or not alpha > 0:
+        raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive")
+    adapters = _adapters(request.model, rank)
+    scale, parameters = alpha / rank, dict(request.model.named_parameters())
+    request.model.requires_grad_(False)
+    expansion = Linearized(request.model, lambda: _changes(adapters, parameters, scale))
+
+    def forward(model: nn.Module, batch: Batch) -> Tensor:
+        return request.forward(expansion, batch)
+
+    def export() -> Deltas:
+        with torch.no_grad():
+            deltas = _deltas(_changes(adapters, parameters, scale))
+            Edit(request.model, deltas).move(1.0)
+        return deltas
+
+    trained = {f"{adapter.name}[{adapter.rows.start}:]": adapter.b for adapter in adapters}
+    optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
+    factors = sum(b.nbytes for b in trained.values())
+    info = {"linearized": True, "rank": rank, "lora_alpha": alpha, "factor_bytes": factors}
+    return Setup(trained, optimizer, forward, export, info=info)
+
+
+def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
+    found = []
+    for name, p in model.named_parameters():
+        for part in parts(name, tuple(p.shape)):
+            if part.kind in ADAPTED and p.dim() == 2 and p.requires_grad:
+                start, stop, _ = part.rows.indices(len(p))
+                generator = torch.Generator().manual_seed(crc32(f"{name}[{start}:]".encode()))
+                bound = 1 / math.sqrt(p.shape[1])  # kaiming_uniform_(a=√5)
+                a = (2 * torch.rand(rank, p.shape[1], generator=generator) - 1) * bound
+                found.append(Adapter(name, slice(start, stop), a.to(p), nn.Parameter(p.new_zeros(stop - start, rank))))
+    if not found:
+        raise TalosError(
+            f"method 'l-lora' adapts queries and values, and {type(model).__name__} has none that requires a gradient "
+            "and is told by its name (q_proj, query, qkv, in_proj_weight, SelfAttention.q …); use another method"
+        )
+    return found
+
+
+def _changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """scale · B A0 of every adapted weight, in its shape; differentiable in B."""
+    changes: dict[str, Tensor] = {}
+    for adapter in adapters:
+        p = parameters[adapter.name]
+        whole = changes.get(adapter.name, torch.zeros_like(p))
+        padding = (0, 0, adapter.rows.start, len(p) - adapter.rows.stop)
+        changes[adapter.name] = whole + nn.functional.pad(scale * adapter.b @ adapter.a, padding)
+    return changes
+
+
+def _deltas(changes: Mapping[str, Tensor]) -> Deltas:
+    deltas = {}
+    for name, change in changes.items():
+        moved, flat = change.cpu() != 0, change.cpu().reshape(-1)
+        indices = None if bool(moved.all()) else flat_indices(moved)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        deltas[name] = SparseDelta(tuple(change.shape), gather(flat, indices).to(wide), indices)
+    return {name: delta for name, delta in deltas.items() if len(delta.values)}

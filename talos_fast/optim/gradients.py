@@ -1,0 +1,106 @@
+"""What a masked optimizer does with its gradients before the step: clip, compact, and not compute them."""
+
+import weakref
+
+from torch import Tensor
+from torch.optim import AdamW
+
+from talos_fast.errors import TalosError
+from talos_fast.optim.clip import Clip, check_clip, total_norm
+from talos_fast.optim.compact_gradient import CompactGradient
+from talos_fast.optim.compaction import Compaction, Entries
+from talos_fast.optim.plan import Selection
+from talos_fast.optim.rows import SelectedRows
+
+
+class MaskedGradients(AdamW):
+    """The part of `MaskedAdam` that is about gradients."""
+
+    _selections: dict[Tensor, Selection]
+    # Not carried by deepcopy and pickle: they belong to these very parameters, and to the step to come.
+    _clip: Clip | None = None
+    _compaction: Compaction | None = None
+    _rows: SelectedRows | None = None
+
+    def _gradient(self, p: Tensor) -> Tensor | None:
+        """What a step reads: ``p.grad``, or of a compacted parameter the selected entries, (k,) in memory order."""
+        if not isinstance(p.grad, CompactGradient):
+            return p.grad
+        p.grad.require(self._selections[p])
+        return p.grad.values
+
+    def clip_grad_norm_(self, max_norm: float, entries: Entries = "all", error_if_nonfinite: bool = False) -> Tensor:
+        """Has the next `step` divide its gradients so that their 2-norm is at most ``max_norm``; rewrites none.
+
+        As `torch.nn.utils.clip_grad_norm_` over this optimizer's parameters, without its pass over the gradients and
+        without a sync. With a GradScaler call it after ``scaler.unscale_(optimizer)``; under ``fused=True`` that may be
+        left out: the step knows the scale, by which the norm returned here is then still multiplied. A second call
+        before the step replaces the first; `zero_grad` forgets it.
+
+        Args:
+            max_norm: the largest norm; inf only measures.
+            entries: whose norm: "all" entries that have a gradient, as torch, or the "selected" ones, which step.
+            error_if_nonfinite: raise if the norm is NaN or infinite (which waits for the device).
+
+        Returns:
+            The norm before clipping, 0-d, float32 or float64.
+
+        Raises:
+            TalosError: ``max_norm`` is negative or NaN; "all", where compacted gradients cannot tell.
+            RuntimeError: a norm that is not finite, if asked for.
+        """
+        check_clip(max_norm, entries)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = total_norm(parameters, self._selections, entries, error_if_nonfinite)
+        self._clip = Clip(norm, max_norm)
+        return norm
+
+    @property
+    def _clip_scale(self) -> Tensor | None:
+        """What the coming step divides unscaled gradients by, 0-d, at least 1; None where nothing is to be clipped."""
+        return None if self._clip is None else self._clip.divisor(getattr(self, "grad_scale", None))
+
+    def compact_gradients(self, norm: Entries = "selected") -> Compaction:
+        """From now on keeps of each masked parameter's gradient, as soon as it is complete, its selected entries only.
+
+        The backward pass then never holds two dense gradients: ``p.grad`` is a `CompactGradient`. Accumulation, either
+        clipping, GradScaler and `zero_grad` work as before; a GradScaler sees infinities in selected entries only.
+        Parameters without a mask keep dense gradients. Call it again after `add_param_group`, and on an optimizer that
+        was copied or unpickled: hooks belong to the parameters they were put on. Not under DistributedDataParallel,
+        which moves whole gradients.
+
+        Args:
+            norm: "all" also keeps the norm of each whole gradient, for ``clip_grad_norm_(entries="all")``: right after
+                one backward pass; the norm of a sum of several would need the entries that are gone, and is refused.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        if norm not in ("all", "selected"):
+            raise TalosError(f"norm={norm!r}: choose 'all' or 'selected'")
+        if self._compaction is not None:
+            self._compaction.remove()
+        self._compaction, self._rows = Compaction(self._selections, norm), None
+        weakref.finalize(self, self._compaction.remove)
+        return self._compaction
+
+    def _reselect(self) -> None:
+        """After a change of masks: what was derived from them is made anew."""
+        self._rows = None
+        if self._compaction is not None:
+            self.compact_gradients(self._compaction.norm)
+
+    def selected_rows(self) -> SelectedRows:
+        """The context in which linear layers compute the gradients of rows with selected entries only.
+
+        Enter it around forward and backward; see `SelectedRows`. With `compact_gradients` called before, the product's
+        selected entries are all that is ever kept of a weight's gradient.
+        """
+        if self._rows is None:
+            self._rows = SelectedRows(self._selections, {} if self._compaction is None else self._compaction.carriers)
+        return self._rows
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; a clipping that no step has taken is forgotten."""
+        self._clip = None
+        super().zero_grad(set_to_none)

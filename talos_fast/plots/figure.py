@@ -1,0 +1,27 @@
+"""Making and saving a figure, without a display and without pyplot's global state."""
+
+from pathlib import Path
+from typing import Any
+
+from talos_fast.errors import TalosError
+from talos_fast.storage import atomic
+
+
+def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
+    """A figure of a size in inches and its axes, a 2-d array.
+
+    Raises:
+        TalosError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TalosError("plots need matplotlib; pip install 'talos-fast[plots]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(squeeze=False, **grid)
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Writes a PNG, PDF or SVG, atomically."""
+    with atomic(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=130, format=Path(path).suffix.removeprefix(".") or "png")

@@ -1,0 +1,55 @@
+"""One training iteration as `finetune` runs it, phase by phase."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from talos_fast.forward import Batch
+from talos_fast.methods import Setup
+from talos_fast.methods.base import Deltas
+from talos_fast.profiling.measure import Mark
+from talos_fast.step import Amp, Loss, Step
+
+LR = 1e-5
+
+
+def without_export(setup: Setup) -> Setup:
+    """The setup without its copy of the start, which only the vector at the end is made of."""
+
+    def export() -> Deltas:
+        raise RuntimeError("this setup was made to be measured")
+
+    return replace(setup, export=export)
+
+
+class FinetuneIteration:
+    """What the trainer does with one batch.
+
+    Several iterations may share a model: each one's ``requires_grad`` flags are those of the moment it was made.
+    """
+
+    def __init__(self, setup: Setup, model: nn.Module, batch: Batch, loss: Loss, clip: float | None, amp: Amp) -> None:
+        self.setup, self._batch, self._clip = setup, batch, clip
+        self._step = Step(setup, model, loss, clip=clip, amp=amp)
+        self._flags: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
+
+    def prepare(self) -> None:
+        """Freezes and thaws the shared model for this iteration."""
+        for p, flag in self._flags.items():
+            p.requires_grad_(flag)
+
+    def forward_loss(self) -> Tensor:
+        """The scalar loss of the batch."""
+        return self._step.forward_loss(self._batch, "the batch")
+
+    def run(self, mark: Mark) -> None:
+        """One iteration; see `Iteration`."""
+        self._step.backward(self._batch, "the batch")
+        mark()
+        self._step.clip("the batch")
+        mark()
+        self._step.update(LR)
+        mark()
+        self._step.release()
+        mark()

@@ -1,0 +1,107 @@
+"""How iterations are timed."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+
+PHASES = ("forward_backward", "clip", "step", "release")
+"""What an iteration consists of. "clip" is everything between the backward pass and the optimizer's step: unscaling the
+gradients where there is a scaler, their norm, and bringing it below its limit. "release" gives the gradients' memory
+back; it is counted to the forward and backward pass, which asked for it."""
+
+COLUMNS = {
+    "fwd-bwd": ("forward_backward", "release"),
+    "clip": ("clip",),
+    "step": ("step",),
+    "clip+step": ("clip", "step"),
+    "total": PHASES,
+}
+"""What is shown, and which phases it sums."""
+
+Mark = Callable[[], None]
+
+
+class Iteration(Protocol):
+    """One training iteration that can be measured."""
+
+    def prepare(self) -> None:
+        """What must be so before it runs, and is not timed."""
+
+    def run(self, mark: Mark) -> None:
+        """Runs it, calling ``mark`` at the end of each of `PHASES`."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each round, in the order in which the rounds ran.
+
+    Args:
+        seconds: phase -> one number a round.
+    """
+
+    seconds: Mapping[str, list[float]]
+
+    def of(self, *phases: str) -> list[float]:
+        """The sum of these phases, of all without arguments, for each round."""
+        return [sum(times) for times in zip(*(self.seconds[phase] for phase in phases or PHASES), strict=True)]
+
+    def median(self, *phases: str) -> float:
+        """The median over the rounds of `of`."""
+        return statistics.median(self.of(*phases))
+
+    def ratio(self, reference: "Timings", *phases: str) -> float:
+        """The median over the rounds of this time / the reference's in the same round: slow moments cancel."""
+        pairs = zip(self.of(*phases), reference.of(*phases), strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def run_twice(iteration: Iteration) -> None:
+    """Two iterations, not timed: the first makes the moments, the second has them from its beginning."""
+    for _ in range(2):
+        iteration.prepare()
+        iteration.run(lambda: None)
+
+
+def interleave(
+    iterations: Mapping[str, Iteration], device: torch.device, *, warmup: int, rounds: int
+) -> dict[str, Timings]:
+    """Times the iterations in turn, round after round, so that a slow moment of the machine hits them alike.
+
+    Args:
+        iterations: name -> what to time.
+        device: CUDA devices are timed by events on their stream, everything else by the host's clock.
+        warmup: rounds that are not counted.
+        rounds: rounds that are.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in iterations}
+    for turn in range(warmup + rounds):
+        for name, iteration in iterations.items():
+            times = _timed(iteration, device)
+            if turn >= warmup:
+                for phase, elapsed in zip(PHASES, times, strict=True):
+                    seconds[name][phase].append(elapsed)
+    return {name: Timings(phases) for name, phases in seconds.items()}
+
+
+def _timed(iteration: Iteration, device: torch.device) -> list[float]:
+    iteration.prepare()
+    if device.type != "cuda":
+        stamps = [time.perf_counter()]
+        iteration.run(lambda: stamps.append(time.perf_counter()))
+        return [after - before for before, after in pairwise(stamps)]
+    torch.cuda.synchronize(device)
+    events: list[Any] = []
+
+    def mark() -> None:
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record(torch.cuda.current_stream(device))
+
+    mark()
+    iteration.run(mark)
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]

@@ -1,0 +1,166 @@
+"""`profile`: what an iteration costs on the user's own model, mask and batch, beside full fine-tuning."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from talos_fast.calibrate import restored
+from talos_fast.environment import environment
+from talos_fast.errors import TalosError
+from talos_fast.finetune import kept_flags_and_modes
+from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, labels_of, to_device
+from talos_fast.mask import Mask
+from talos_fast.methods import Options, Request, Setup, get_method
+from talos_fast.methods.base import Deltas
+from talos_fast.profiling.iteration import LR, FinetuneIteration, without_export
+from talos_fast.profiling.measure import interleave, run_twice
+from talos_fast.profiling.memory import Memory, above
+from talos_fast.profiling.result import BASELINE, Profile, Row
+from talos_fast.profiling.work import Work, count_work, entries_that_train, step_bytes
+from talos_fast.step import Amp, Loss, autocasts
+from talos_fast.task_vector import TaskVector
+
+
+def profile(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    method: str = "talos",
+    mask: Mask | None = None,
+    density: float | None = None,
+    finetuned: TaskVector | None = None,
+    rank: int | None = None,
+    lora_alpha: float | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    clip: float | None = 1.0,
+    amp: Amp = "auto",
+    rounds: int = 5,
+    warmup: int = 2,
+    trace: str | Path | None = None,
+) -> Profile:
+    """Times iterations of ``method`` and of full fine-tuning on one batch, and counts what they must compute and move.
+
+    The iterations are `finetune`'s, interleaved; the model ends bit-identical. It needs the memory of full fine-tuning
+    and of a copy of the model.
+
+    Args:
+        model: as for `finetune`.
+        batches: its first batch is used again and again; reading it is not timed.
+        method, mask, density, finetuned, rank, lora_alpha, forward, loss, clip, amp: as for `finetune`; "lota" needs
+            ``finetuned``, since its first run is a full fine-tuning.
+        rounds: measurements of each.
+        warmup: rounds before them.
+        trace: where to write one more iteration of ``method``, a Chrome trace of `torch.profiler`: .json or .json.gz.
+
+    Raises:
+        TalosError: what `finetune` would refuse, no round to measure, or a trace in a folder that is missing.
+
+    Example:
+        >>> print(talos.profile(model, batches, mask=mask))  # doctest: +SKIP
+    """
+    if rounds < 1 or warmup < 0:
+        raise TalosError(f"rounds={rounds}, warmup={warmup}: give one round or more, and no negative warm-up")
+    if trace is not None and not Path(trace).resolve().parent.is_dir():
+        raise TalosError(f"trace={trace}: its folder does not exist; make it first")
+    options = Options(mask, density, finetuned, rank, lora_alpha)
+    get_method(method).check(options)
+    device = device_of(model)
+    batch = to_device(_first(batches), device)
+    with _unchanged(model), restored(dict(model.named_parameters())):
+        model.train()
+        bench = _Bench(model, batch, forward or default_forward, loss or F.cross_entropy, clip, amp)
+        for name in dict.fromkeys((BASELINE, method)):
+            bench.add(name, options if name == method else Options())
+        rows = bench.rows(rounds, warmup)
+        if trace is not None:
+            _write_trace(bench.running[method], Path(trace))
+    about = environment(device) | {
+        "model": type(model).__name__, "batch": len(labels_of(batch, "the batch")), "bf16": bench.bf16,
+        "dtype": str(bench.dtype).removeprefix("torch."), "rounds": rounds, "clip": clip,
+        "model_bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+    }  # fmt: skip
+    return Profile(rows, about)
+
+
+class _Bench:
+    """Methods that share one model, ready to be timed in turn."""
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, forward: Forward, loss: Loss, clip: float | None, amp: Amp
+    ) -> None:
+        self._model, self._batch, self._forward, self._loss = model, batch, forward, loss
+        self._clip, self._amp = clip, amp
+        self._parameters = dict(model.named_parameters())
+        self._flags = {p: p.requires_grad for p in self._parameters.values()}
+        first = next(iter(self._parameters.values()))
+        self.device, self.dtype, self.bf16 = first.device, first.dtype, autocasts(amp, first)
+        self.running: dict[str, FinetuneIteration] = {}
+        self._works: dict[str, Work | None] = {}
+        self._peaks: dict[str, int | None] = {}
+
+    def add(self, name: str, options: Options) -> None:
+        """Counts what a method does and reads its peak memory."""
+        counted = self._start(name, options)
+        linearized = counted.setup.info.get("linearized", False)
+        self._works[name] = None if linearized else count_work(
+            counted.forward_loss, self._parameters, counted.setup.mask
+        )  # fmt: skip
+        del counted
+        memory = Memory(self.device)
+        before = memory.held()
+        self.running[name] = self._start(name, options)
+        self._peaks[name] = above(before, memory.peak(partial(run_twice, self.running[name])))
+
+    def rows(self, rounds: int, warmup: int) -> dict[str, Row]:
+        """Times what was added."""
+        timings = interleave(self.running, self.device, warmup=warmup, rounds=rounds)
+        rows = {}
+        for name, iteration in self.running.items():
+            trained, mask = iteration.setup.trained, iteration.setup.mask
+            rows[name] = Row(
+                timings[name], self._peaks[name], self._works[name], step_bytes(trained, mask),
+                entries_that_train(trained, mask),
+            )  # fmt: skip
+        return rows
+
+    def _start(self, name: str, options: Options) -> FinetuneIteration:
+        for p, flag in self._flags.items():
+            p.requires_grad_(flag)
+        request = Request(self._model, self._forward, LR, 0.1, options, _no_first_run)
+        setup = without_export(get_method(name).prepare(request))
+        return FinetuneIteration(setup, self._model, self._batch, self._loss, self._clip, self._amp)
+
+
+def _no_first_run(setup: Setup) -> Deltas:
+    raise TalosError("method 'lota' needs finetuned= to be profiled: its first run is a full fine-tuning")
+
+
+def _first(batches: Batches) -> Batch:
+    for batch in batches:
+        return batch
+    raise TalosError("batches: there is no batch; give at least one")
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Brings back flags, modes, buffers and the random state, and drops gradients."""
+    buffers = dict(model.named_buffers())
+    with kept_flags_and_modes(model), restored(buffers), torch.random.fork_rng(devices=_cuda_devices(model)):
+        yield
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _write_trace(iteration: FinetuneIteration, path: Path) -> None:
+    iteration.prepare()
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
+        iteration.run(lambda: None)
+    profiler.export_chrome_trace(str(path))

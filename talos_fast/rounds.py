@@ -1,0 +1,111 @@
+"""What remains of a calibration after each round, and the file that keeps it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talos_fast.errors import TalosError
+from talos_fast.mask import Mask
+from talos_fast.sensitivity.ranks import Ranks
+
+FILE = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """A calibration between two rounds.
+
+    Args:
+        masks: name -> bool tensor on the parameter's device, True = not rejected so far: by all data, and maybe by
+            either half of it.
+        round: how many rounds are complete.
+        seconds: spent so far.
+        samples: scored in the last round, on all ranks.
+    """
+
+    masks: list[dict[str, Tensor]]
+    round: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+
+    @classmethod
+    def all(cls, parameters: Mapping[str, Tensor], halves: bool) -> "Survivors":
+        """The start: nothing rejected."""
+        return cls(
+            [{name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}] * (3 if halves else 1)
+        )
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """By all data."""
+        return self.masks[0]
+
+    @property
+    def stability(self) -> float | None:
+        """The Jaccard index of both halves' masks, if they were followed."""
+        if len(self.masks) < 3 or not self.round:
+            return None
+        pairs = [(mask, self.masks[2][name]) for name, mask in self.masks[1].items()]
+        either = sum(int((one | other).sum()) for one, other in pairs)
+        return round(sum(int((one & other).sum()) for one, other in pairs) / either, 4)
+
+    def alive(self) -> dict[str, Tensor]:
+        """What any of the masks has kept."""
+        first, *others = self.masks
+        return {name: reduce(torch.logical_or, (mask[name] for mask in others), mask) for name, mask in first.items()}
+
+
+class RoundFile:
+    """The file of the last complete round.
+
+    Args:
+        folder: made when the first round is complete; None keeps nothing.
+        identity: what must be equal for a run to go on (JSON): the base, the recipe.
+        resume: whether a file that is there is taken up; if not, it is overwritten.
+    """
+
+    def __init__(self, folder: str | Path | None, identity: Mapping[str, Any], resume: bool) -> None:
+        self.path = None if folder is None else Path(folder) / FILE
+        self._identity, self._resume = dict(identity), resume
+
+    def save(self, state: Survivors) -> None:
+        """Writes it, atomically."""
+        if self.path is not None:
+            masks = {f"{part}:{name}": tensor for part, mask in enumerate(state.masks) for name, tensor in mask.items()}
+            progress = {name: getattr(state, name) for name in ("round", "seconds", "samples")}
+            Mask(masks, info={"identity": self._identity, "progress": progress}).save(self.path)
+
+    def load(self, parameters: Mapping[str, Tensor], ranks: Ranks) -> Survivors | None:
+        """What `save` wrote; None if there is nothing to take up.
+
+        Raises:
+            TalosError: a damaged file, or one of another model or recipe (says what differs); or ranks see different
+                files.
+        """
+        found = self._read(parameters) if self.path is not None and self._resume and self.path.exists() else None
+        rounds = found.round if found else 0
+        if ranks.most(rounds) != -ranks.most(-rounds):
+            raise TalosError(f"{self.path}: not the same file on all ranks; put checkpoint_dir on a shared file system")
+        return found
+
+    def _read(self, parameters: Mapping[str, Tensor]) -> Survivors:
+        assert self.path is not None
+        file = Mask.load(self.path)
+        masks: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in file.items():
+            part, name = key.split(":", 1)
+            masks.setdefault(part, {})[name] = tensor
+        theirs = {**file.info.get("identity", {}), "parameters": sorted(masks.get("0", {}))}
+        for key, mine in {**self._identity, "parameters": sorted(parameters)}.items():
+            if theirs.get(key) != mine:
+                raise TalosError(
+                    f"{self.path}: a calibration with {key}={theirs.get(key)!r}, this one has {key}={mine!r}; use "
+                    "another checkpoint_dir, or resume=False to start over"
+                )
+        placed = [{name: part[name].to(p.device) for name, p in parameters.items()} for part in masks.values()]
+        return Survivors(placed, **file.info["progress"])

@@ -1,0 +1,96 @@
+"""Which rows of an activation belong to which sample: read off gradients, never guessed from sizes.
+
+The batch axis of a use may be any dimension, or a factor of a merged one: (N, T, F), (T, N, F), (N·T, F), (T·N, F). So
+each sample's scalar is multiplied by a code of its own, a signed power of two, and propagated back once more. Samples
+do not interact, so a row of an output's gradient is multiplied by the code of the sample that it belongs to, without
+any rounding, whatever views, permutations or kernels lie between. An axis is right if it predicts the factor of every
+row. Axes that nothing distinguishes (rows without gradient) are looked at again in the next batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Far below the factor of 2 between codes, far above what kernels that add in varying order change.
+TOLERANCE = 1e-2
+# Gradients that a code may push below the range of floats decide nothing.
+FLOOR = 1e-30
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the samples are: dimension ``dim`` counts (N, r) rows if ``major``, (r, N) if not."""
+
+    dim: int
+    major: bool
+
+    def tokens(self, tensor: Tensor, samples: int, features: int = 1) -> Tensor:
+        """(N, T, *features) of a tensor (*rows, *features); a view where strides allow it."""
+        shape = tensor.shape[tensor.dim() - features :]
+        if samples == 1:
+            return tensor.reshape(1, -1, *shape)
+        split = (samples, -1) if self.major else (-1, samples)
+        apart = tensor.unflatten(self.dim, split).movedim(self.dim + (not self.major), 0)
+        tokens: Tensor = apart.reshape(samples, -1, *shape)
+        return tokens
+
+    def owners(self, rows: Sequence[int], samples: int, device: torch.device) -> Tensor:
+        """The sample of every row, broadcastable to ``rows``."""
+        size = rows[self.dim]
+        index = torch.arange(size, device=device)
+        owner = index // (size // samples) if self.major else index % samples
+        return owner.view([-1 if dim == self.dim else 1 for dim in range(len(rows))])
+
+
+def candidates(rows: Sequence[int], samples: int) -> Iterator[Axis]:
+    """Every axis that has room for ``samples``, the usual one (samples first) first."""
+    for dim, size in enumerate(rows):
+        if size and size % samples == 0:
+            yield Axis(dim, True)
+            if size != samples:
+                yield Axis(dim, False)
+
+
+def pattern(rows: Sequence[int], samples: int) -> tuple[tuple[bool, bool], ...]:
+    """What of the sizes decides which axes are possible; a use with a new pattern is looked at anew."""
+    return tuple((size % samples == 0, size == samples) for size in rows)
+
+
+def codes(samples: int, generator: torch.Generator) -> Tensor:
+    """±1/8 … ±8, (N,): distinct up to 14 samples, then drawn."""
+    book = torch.tensor([sign * 2.0**power for power in range(-3, 4) for sign in (1, -1)])
+    order = torch.randperm(len(book), generator=generator)
+    drawn = torch.randint(len(book), (max(0, samples - len(book)),), generator=generator)
+    return book[torch.cat([order, drawn])[:samples]]
+
+
+def row_values(gradient: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """One number a row, linear in the row (a sum with fixed random signs), and its scale: both (*rows)."""
+    flat = gradient.unsqueeze(-1) if features == 0 else gradient.flatten(gradient.dim() - features)
+    signs = torch.randint(0, 2, flat.shape[-1:], generator=torch.Generator().manual_seed(flat.shape[-1])) * 2 - 1
+    wide = flat if flat.dtype is torch.float64 else flat.float()
+    return wide @ signs.to(wide.device, wide.dtype), wide.abs().sum(-1)
+
+
+def consistent(coded: Tensor, plain: Tensor, scale: Tensor, code: Tensor) -> tuple[list[Axis], bool]:
+    """The axes by which ``coded`` is ``plain`` times the code of each row's sample, and whether any row says so.
+
+    Args:
+        coded: row values (*rows) of the gradient with codes.
+        plain: row values without.
+        scale: row scales without.
+        code: (N,).
+    """
+    samples, rows = len(code), plain.shape
+    possible = list(candidates(rows, samples))
+    if not possible:
+        return [], bool((scale > FLOOR).any())
+    code = code.to(plain.device, plain.dtype)
+    verdicts = [(scale > FLOOR).any()]
+    for axis in possible:
+        factor = code[axis.owners(rows, samples, plain.device)]
+        verdicts.append(((coded - factor * plain).abs() <= TOLERANCE * factor.abs() * scale + FLOOR).all())
+    said, *right = torch.stack(verdicts).tolist()
+    return [axis for axis, fits in zip(possible, right, strict=True) if fits], said

@@ -1,0 +1,69 @@
+"""Hooked outputs, and what is remembered of them from batch to batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talos_fast.sensitivity.alias import Alias
+from talos_fast.sensitivity.axis import Axis
+from talos_fast.sensitivity.registry import Make
+
+Site = tuple[str, tuple[str, ...], int]
+"""A place in the program: the function, the parameters in it, and how many times they were seen before."""
+
+
+@dataclass
+class Plan:
+    """What is known about a model's uses, from batch to batch.
+
+    Args:
+        uncovered: name -> why its scores cannot come from capture.
+        shared: sites whose rows do not belong to samples, so that they are functions of the parameter alone.
+        axes: (site, pattern of its rows) -> where the samples are; None where no gradient arrives.
+    """
+
+    uncovered: dict[str, str] = field(default_factory=dict)
+    shared: set[Site] = field(default_factory=set)
+    axes: dict[Any, Axis | None] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One hooked output."""
+
+    site: Site
+    aliases: list[Alias]
+    makes: list[Make]
+    view: Callable[[Tensor], Tensor]
+    features: int
+    known: Any
+    inputs: list[tuple[Tensor, int]]
+    aliasing: bool
+    reached: bool = False
+    coded: Tensor | None = None
+
+    def release(self) -> None:
+        """Frees what the formulas hold, such as the layer's input."""
+        self.makes, self.inputs, self.coded = [], [], None
+
+
+class Tap(torch.autograd.Function):
+    """The identity on a tensor without a graph; its backward hands the gradient over and stops."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        """``tensor``; ``anchor`` requires a gradient, so the result does."""
+        ctx.receive = receive
+        if tensor._is_view():
+            return tensor.view_as(tensor)
+        ctx.mark_dirty(tensor)  # an output that is a view could not be modified in place, as by ReLU(inplace=True)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        """Calls ``receive`` with the gradient."""
+        ctx.receive(gradient)
+        return None, None, None

@@ -1,0 +1,175 @@
+"""`SparseVector`: for each parameter name, the entries that moved and by how much; the algebra of task vectors."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+from torch import Tensor
+
+from talos_fast.delta import SparseDelta
+from talos_fast.errors import TalosError
+from talos_fast.fingerprint import Fingerprint, base_numel, join
+from talos_fast.indexing import gather
+from talos_fast.mask import Mask
+
+
+class SparseVector:
+    """A vector over the parameters of one base model: sparse from end to end, linear, and knows its base.
+
+    Attributes:
+        deltas: name -> the change of that parameter.
+        base: fingerprint of the model that it changes; empty if unknown.
+        info: provenance (JSON).
+    """
+
+    deltas: dict[str, SparseDelta]
+    base: Fingerprint
+    info: dict[str, Any]
+
+    @classmethod
+    def from_deltas(
+        cls,
+        deltas: Mapping[str, SparseDelta],
+        *,
+        base: Fingerprint | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A vector from its parts; without ``base`` it can be applied to any model of fitting names and shapes."""
+        vector = cls.__new__(cls)
+        vector._set(deltas, base or {}, info)
+        return vector
+
+    def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
+        self.deltas, self.base, self.info = dict(deltas), dict(base), dict(info or {})
+
+    def __add__(self, other: Self) -> Self:
+        if not isinstance(other, SparseVector):
+            return NotImplemented
+        base, info = common((self, other))
+        deltas = dict(self.deltas)
+        for name, delta in other.deltas.items():
+            mine = deltas.get(name)
+            if mine is not None and mine.shape != delta.shape:
+                raise TalosError(f"{name!r}: vectors of shapes {mine.shape} and {delta.shape} cannot be combined")
+            deltas[name] = delta if mine is None else mine.plus(delta)
+        return self.from_deltas(deltas, base=base, info=info)
+
+    def __radd__(self, other: object) -> Self:
+        """Lets ``sum([a, b, c])`` start from 0."""
+        if other == 0:
+            return self
+        return NotImplemented
+
+    def __mul__(self, factor: float) -> Self:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        scaled = {name: delta.scaled(factor) for name, delta in self.deltas.items()}
+        return self.from_deltas(scaled, base=self.base, info=self.info)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Self:
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> Self:
+        return self * -1.0
+
+    def __sub__(self, other: Self) -> Self:
+        if not isinstance(other, SparseVector):
+            return NotImplemented
+        return self + (-other)
+
+    def restrict(self, mask: Mapping[str, Tensor]) -> Self:
+        """mask ⊙ τ: the entries that ``mask`` selects; a parameter that it does not name is left out.
+
+        Args:
+            mask: name -> bool tensor of the parameter's shape (a `Mask` is such a mapping).
+
+        Raises:
+            TalosError: a shape that differs.
+        """
+        kept = {}
+        for name, delta in self.deltas.items():
+            if name not in mask:
+                continue
+            if tuple(mask[name].shape) != delta.shape:
+                raise TalosError(f"{name!r}: the mask has shape {tuple(mask[name].shape)}, the vector {delta.shape}")
+            kept[name] = delta.select(gather(mask[name], delta.indices))
+        return self.from_deltas({name: d for name, d in kept.items() if len(d.values)}, base=self.base, info=self.info)
+
+    def dot(self, other: "SparseVector") -> float:
+        """The inner product of the two deltas."""
+        return sum(delta.dot(other.deltas[name]) for name, delta in self.deltas.items() if name in other.deltas)
+
+    def norm(self) -> float:
+        """The Euclidean norm."""
+        return math.sqrt(sum(float(delta.values.double().square().sum()) for delta in self.deltas.values()))
+
+    def cosine(self, other: "SparseVector") -> float:
+        """dot(a, b) / (|a| |b|), 0 if either is zero."""
+        norms = self.norm() * other.norm()
+        return self.dot(other) / norms if norms else 0.0
+
+    def mask(self) -> Mask:
+        """The entries that moved, as a `Mask`."""
+        return Mask({name: delta.support() for name, delta in self.deltas.items()}, base=self.base)
+
+    def overlap(self, other: "SparseVector") -> dict[str, float]:
+        """Jaccard index of the entries that moved, by name and ``"total"``; see `Mask.overlap`."""
+        return self.mask().overlap(other.mask())
+
+    def to_dense(self) -> dict[str, Tensor]:
+        """Name -> fp32 delta of the parameter's shape, for the tensors that moved."""
+        return {name: delta.dense() for name, delta in self.deltas.items()}
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} tensors, {self.nnz:,} entries moved, {self.nbytes / 1e6:.2f} MB)"
+
+    @property
+    def linearized(self) -> bool:
+        """Whether it is a direction of the linearized model (see `talos_fast.linear`), not a change of parameters."""
+        return bool(self.info.get("linearized", False))
+
+    @property
+    def nnz(self) -> int:
+        """How many entries moved."""
+        return sum(len(delta.values) for delta in self.deltas.values())
+
+    @property
+    def numel(self) -> int:
+        """Entries of the base (of the moved tensors, if the base is unknown)."""
+        return base_numel(self.base) or sum(delta.numel for delta in self.deltas.values())
+
+    @property
+    def density(self) -> float:
+        """Entries that moved, as a fraction of `numel`."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the file that `save_pretrained` writes."""
+        return sum(delta.nbytes for delta in self.deltas.values())
+
+
+def common(vectors: Sequence[SparseVector]) -> tuple[Fingerprint, dict[str, Any]]:
+    """The base that all vectors share, and what of their provenance holds for anything made from them.
+
+    Raises:
+        TalosError: they were made from different bases, or some on a linearized model and some not.
+    """
+    base: Fingerprint = {}
+    for vector in vectors:
+        base = join(base, vector.base, "these task vectors")
+    kinds = {vector.linearized for vector in vectors}
+    if len(kinds) > 1:
+        raise TalosError(
+            "one of these task vectors is of a linearized model and the other is not; they are evaluated differently "
+            "and cannot be added"
+        )
+    return base, {"linearized": True} if True in kinds else {}

@@ -1,0 +1,119 @@
+"""`Step`: one optimizer step, phase by phase. The trainer takes it, the profiler times it."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from talos_fast.errors import TalosError
+from talos_fast.forward import Batch, judge_logits, logits_facts, logits_of, to_device
+from talos_fast.methods import Setup
+from talos_fast.watch import Watch
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Amp = Literal["auto", "bf16", "off"]
+
+# Notes that may be unread on CUDA: a step makes two, so the host runs at most two steps ahead.
+LAG = 4
+
+
+def autocasts(amp: Amp, parameter: Tensor) -> bool:
+    """Whether a model of such parameters runs under bf16 autocast."""
+    return amp == "bf16" or (amp == "auto" and parameter.is_cuda and parameter.dtype is torch.float32)
+
+
+class Step:
+    """Forward and backward of one batch or several, clipping, and the update.
+
+    A bad batch (labels out of range; NaN or infinite logits, loss or gradient) is reported by name and changes no
+    parameter: on the CPU it is found before the update, on CUDA the optimizer skips it on the device and every later
+    step with it, and the host hears of it at most two steps later, without having waited.
+
+    Args:
+        setup: what trains.
+        model: passed to the setup's forward.
+        loss: ``loss(logits, labels) -> scalar``.
+        clip: largest gradient norm, or None.
+        accumulate: batches an update; each loss is divided by it.
+        amp: bf16 autocast; see `autocasts`.
+        lag: see `Watch`; default: 0 on the CPU or if the optimizer cannot skip a step on the device.
+    """
+
+    def __init__(
+        self, setup: Setup, model: nn.Module, loss: Loss, *, clip: float | None, accumulate: int = 1,
+        amp: Amp = "auto", lag: int | None = None,
+    ) -> None:  # fmt: skip
+        self._setup, self._model, self._loss = setup, model, loss
+        self._clip, self._accumulate = math.inf if clip is None else clip, accumulate
+        self._parameters = list(setup.trained.values())
+        self.device = self._parameters[0].device
+        bf16 = autocasts(amp, self._parameters[0])
+        self._autocast: Any = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        self._skips = bool(getattr(setup.optimizer, "_step_supports_amp_scaling", False))
+        if lag is None:
+            lag = LAG if self.device.type == "cuda" and self._skips else 0
+        self.watch = Watch(self.device, lag)
+        self._last_loss = torch.tensor(math.nan)
+
+    @property
+    def last_loss(self) -> float:
+        """Of the last batch; waits for it."""
+        return float(self._last_loss)
+
+    def forward_loss(self, batch: Batch, where: str) -> Tensor:
+        """The scalar loss of a batch; ``where`` names it in errors."""
+        batch = to_device(batch, self.device)
+        with self._autocast:
+            logits, labels = logits_of(self._setup.forward, self._model, batch, where)
+            classes = logits.shape[1]
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            # A label out of range is reported below; it must not stop the device before that.
+            loss = self._loss(wide, labels.clamp(0, classes - 1))
+        self._last_loss = loss.detach()
+        facts = torch.cat([logits_facts(wide.detach(), labels), self._last_loss.reshape(1)])
+        low, high, finite, value = facts
+        sound = (low >= 0) & (high < classes) & finite.bool() & value.isfinite()
+
+        def judge(found: list[float]) -> None:
+            judge_logits(found[:3], classes, where)
+            if not math.isfinite(found[3]):
+                raise TalosError(f"{where}: the loss is {found[3]}; the step was not taken")
+
+        self.watch.note(facts, ~sound, judge)
+        return loss
+
+    def backward(self, batch: Batch, where: str) -> None:
+        """Adds the gradients of one batch."""
+        loss = self.forward_loss(batch, where)
+        (loss / self._accumulate if self._accumulate > 1 else loss).backward()
+
+    def clip(self, where: str, then: Callable[[], None] | None = None) -> None:
+        """Brings the norm of all gradients below the limit; ``then`` is called when the step is known to be good."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
+
+        def judge(found: list[float]) -> None:
+            if not math.isfinite(found[0]):
+                raise TalosError(f"{where}: the norm of the gradient is {found[0]}; the step was not taken")
+
+        self.watch.note(norm.detach().reshape(1), ~norm.isfinite(), judge, then)
+
+    def update(self, lr: float) -> None:
+        """One step of the optimizer, which skips it if the watch has tripped."""
+        optimizer: Any = self._setup.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not self._skips:
+            optimizer.step()
+            return
+        optimizer.found_inf = self.watch.tripped
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
+
+    def release(self) -> None:
+        """Gives the memory of the gradients back."""
+        self._setup.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,79 @@
+"""`Watch`: what is wrong with a step is noted where the step runs, and read by the host when it is known there."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Judge = Callable[[list[float]], None]
+"""Given the facts of a note, raises if something was wrong."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    facts: Tensor
+    arrived: torch.cuda.Event | None
+    judge: Judge
+    then: Callable[[], None] | None
+
+
+class Watch:
+    """Keeps the host from waiting for a GPU at every step.
+
+    `tripped` is raised on the device by the first bad note and stays raised. An optimizer that gets it as ``found_inf``
+    skips the bad step and every later one, so that whenever the host comes to know, the parameters are those from
+    before the bad step.
+
+    Args:
+        device: where the notes are made.
+        lag: how many notes may be unread when `settle` returns; 0: each is read at once.
+
+    Attributes:
+        tripped: 0. or 1., of shape () on the device.
+    """
+
+    def __init__(self, device: torch.device, lag: int) -> None:
+        self.tripped = torch.zeros((), device=device)
+        self._lag = lag
+        self._notes: deque[_Note] = deque()
+
+    def note(self, facts: Tensor, bad: Tensor, judge: Judge, then: Callable[[], None] | None = None) -> None:
+        """Makes a note, and reads those that are due.
+
+        Args:
+            facts: (n,) numbers that ``judge`` needs, on the device.
+            bad: bool of shape (), on the device: whether ``judge`` will raise.
+            judge: called on the host with the facts, later.
+            then: called after it, if nothing was wrong with this and all earlier notes.
+
+        Raises:
+            TalosError: from ``judge``, of this note or an earlier one.
+        """
+        torch.maximum(self.tripped, bad.to(self.tripped.dtype), out=self.tripped)
+        arrived = None
+        if facts.is_cuda:
+            pinned = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
+            facts, arrived = pinned.copy_(facts, non_blocking=True), torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self.tripped.device))
+        self._notes.append(_Note(facts, arrived, judge, then))
+        self.settle(self._lag)
+
+    def settle(self, unread: int = 0) -> None:
+        """Reads notes, oldest first, until at most ``unread`` are left; waits for them if it must.
+
+        Raises:
+            TalosError: from the first judge that finds something wrong; the notes after it are dropped.
+        """
+        while len(self._notes) > unread:
+            note = self._notes.popleft()
+            if note.arrived is not None:
+                note.arrived.synchronize()
+            try:
+                note.judge(note.facts.tolist())
+            except Exception:
+                self._notes.clear()
+                raise
+            if note.then is not None:
+                note.then()

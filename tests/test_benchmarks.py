@@ -1,0 +1,116 @@
+"""The cost table on tiny models, from the command to the picture; and that no benchmark runs unasked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from records import merge_rows
+from rivals import DenseMaskedAdamW
+
+from talos_fast.methods import METHODS
+
+
+def program(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads wait for each other longer than they compute
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("results")
+    command = ("-m", "pytest", "benchmarks/table.py", "--benchmark", "--preset", "smoke", "--results", folder, "-sq")
+    printed = ""
+    for options in ((), ("--models", "smoke-T5", "--methods", "talos", "--variants", "eager")):
+        done = program(*command, "-p", "no:cacheprovider", *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed += done.stdout
+    return folder, printed
+
+
+@pytest.mark.parametrize(
+    ("model", "methods", "variants"),
+    [("smoke", tuple(METHODS), ("paper", "eager")), ("smoke-T5", ("nonlinear", "talos"), ("eager",))],
+)
+def test_every_row_has_its_figures(measured, model, methods, variants):
+    folder, printed = measured
+    content = json.loads((folder / f"table_{model}_cpu.json").read_text())
+    assert {"torch", "machine", "threads", "date", "inputs", "batch", "parameters", "device_name"} <= content.keys()
+    rows = {(row["method"], row["variant"]): row for row in content["rows"]}
+    assert rows.keys() == {(method, variant) for method in methods for variant in variants}
+    for (method, variant), row in rows.items():
+        assert "missing" not in row, row
+        assert row["revision"] and set(row["baselines"]) >= {variant}
+        assert all(len(times) == 2 and min(times) >= 0 for times in row["seconds"].values())
+        assert f"{method}, {variant}" in printed
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 0
+    full, sparse = rows["nonlinear", "eager"], rows["talos", "eager"]
+    assert full["trained"] == content["parameters"] and sparse["trained"] == content["selected"]
+    assert sparse["step_bytes"] < full["step_bytes"]
+    work = sparse["work"]
+    # Only a fused projection has rows without a selected entry.
+    assert (work["selected_gradients"] < work["weight_gradients"]) == (model == "smoke")
+    assert work["weight_gradients"] < full["work"]["weight_gradients"]
+    assert sparse["work"]["saved_bytes"] < full["work"]["saved_bytes"]
+
+
+def test_rendering(measured):
+    folder, _ = measured
+    done = program("benchmarks/render.py", "--results", folder)
+    assert done.returncode == 0, done.stderr
+    table = (folder / "table.md").read_text()
+    assert "| talos |" in table and "×1.00" in table
+    assert (folder / "efficiency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rendering_nothing_is_an_error(tmp_path):
+    done = program("benchmarks/render.py", "--results", tmp_path)
+    assert done.returncode == 2 and "no measured table" in done.stderr
+
+
+def test_without_the_flag_benchmarks_are_skipped_for_that_reason():
+    done = program("-m", "pytest", "benchmarks", "-rs", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout
+    assert "benchmarks run with --benchmark" in done.stdout
+    assert "table.py" in done.stdout and "step.py" in done.stdout and "passed" not in done.stdout
+
+
+def test_the_dense_masked_rival_is_adamw_on_what_is_selected():
+    p, q = (torch.nn.Parameter(torch.linspace(-1, 1, 20, dtype=torch.float64)) for _ in range(2))
+    score = (torch.arange(20) % 3 == 0).double()
+    rival = DenseMaskedAdamW([p], {p: score}, lr=1e-2, weight_decay=0.1)
+    adamw = torch.optim.AdamW([q], lr=1e-2, weight_decay=0.1)
+    start = p.detach().clone()
+    for number in range(5):
+        p.grad = torch.sin(p.detach() * 3 + number)
+        q.grad = torch.where(score.bool(), p.grad, torch.sin(q.detach() * 3 + number))
+        rival.step()
+        adamw.step()
+    selected = score.bool()
+    torch.testing.assert_close(p[selected], q[selected], rtol=1e-12, atol=1e-14)
+    assert torch.equal(p[~selected], start[~selected])
+
+
+def test_rows_of_the_same_machine_are_kept_and_failures_undo_nothing(tmp_path):
+    path = tmp_path / "table.json"
+
+    def content(*rows, torch_version="2"):
+        return {"model": "m", "torch": torch_version, "date": "today", "rows": list(rows)}
+
+    old = {"method": "talos", "variant": "eager", "seconds": 1}
+    path.write_text(json.dumps(content(old, {"method": "lota", "variant": "eager", "seconds": 1})))
+    new = {"method": "lota", "variant": "eager", "seconds": 2}
+    assert merge_rows(path, content(new))["rows"] == [old, new]
+    failed = {"method": "talos", "variant": "eager", "missing": "out of memory"}
+    assert old in merge_rows(path, content(failed))["rows"]
+    assert merge_rows(path, content(new, torch_version="3"))["rows"] == [new]
+    assert merge_rows(tmp_path / "none.json", content(new))["rows"] == [new]

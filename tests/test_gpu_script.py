@@ -1,0 +1,93 @@
+"""benchmarks/gpu.sh on a machine of stubs: what it runs, that one part's failure stops no other, and what it says."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Stands for the Python with torch. The libraries are there once pip has run; one benchmark fails, one hangs.
+PYTHON = """#!/bin/sh
+case "$*" in
+  *is_available*) exit {cuda} ;;
+  *ops.backend*) test -e "{folder}/built" ;;
+  *"pip install"*) echo "installs $*"; {install} ;;
+  *step.py*) echo boom; exit 3 ;;
+  *calibration.py*) sleep 60 ;;
+  *pytest*) echo "ran $*" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    def script(*parts: str, cuda: int = 0, install: str | None = None, **variables: str):
+        tools = tmp_path / "bin"
+        tools.mkdir(exist_ok=True)
+        install = f'touch "{tmp_path}/built"' if install is None else install
+        for name, text in (
+            ("python", PYTHON.format(cuda=cuda, folder=tmp_path, install=install)),
+            ("compute-sanitizer", '#!/bin/sh\necho "sanitizer $2"\n'),
+        ):
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        environment = os.environ | {
+            "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "OUT": str(tmp_path / "out"),
+            "LIMIT": "3", "MODELS": "ViT-B-32 T5-Large", **variables,
+        }  # fmt: skip
+        done = subprocess.run(
+            ["bash", ROOT / "benchmarks" / "gpu.sh", *parts],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        summary = tmp_path / "out" / "summary.txt"
+        return done, summary.read_text().splitlines() if summary.exists() else []
+
+    return script
+
+
+def test_every_part_runs_whatever_became_of_the_others(run, tmp_path):
+    done, summary = run(OPTIONS="--methods talos")
+    assert done.returncode == 1
+    results = {line.split(":")[0]: line.split(": ")[1].split(",")[0] for line in summary}
+    assert list(results) == [
+        "build", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "step", "calibration",
+        "table-ViT-B-32", "table-T5-Large",
+    ]  # fmt: skip
+    assert results.pop("step") == "FAILED with exit code 3; see step.txt"
+    assert results.pop("calibration") == "STOPPED after 3 s; see calibration.txt"
+    assert set(results.values()) == {"passed"}
+    log = (tmp_path / "out" / "table-T5-Large.txt").read_text()
+    assert "--benchmark --preset gpu" in log and "--methods talos" in log and "--models T5-Large" in log
+
+
+def test_a_part_on_its_own_builds_first_where_that_is_needed(run, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "open_clip_torch-3-py3-none-any.whl").touch()
+    done, summary = run("tests", WHEELS=str(wheels))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(":")[0] for line in summary] == ["wheels", "build", "tests"]
+    assert "open_clip_torch-3" in (tmp_path / "out" / "wheels.txt").read_text()
+    _, summary = run("tests")
+    assert [line.split(":")[0] for line in summary] == ["tests"]
+
+
+def test_nothing_is_measured_without_the_libraries(run):
+    done, summary = run(install="exit 1")
+    assert done.returncode == 1
+    assert summary == ["build: FAILED with exit code 1; see build.txt"]
+    done, summary = run(install="true")
+    assert done.returncode == 1
+    assert "no CUDA operators" in summary[-1]
+
+
+@pytest.mark.parametrize(("parts", "cuda", "message"), [((), 1, "CUDA device"), (("tests", "all"), 0, "no part all")])
+def test_refusals(run, parts, cuda, message):
+    done, summary = run(*parts, cuda=cuda)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not summary

@@ -1,0 +1,235 @@
+"""Counted work against sums made by hand, measurements on hand-made clocks, and `profile` end to end."""
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from typer.testing import CliRunner
+
+import talos_fast as talos
+from talos_fast.cli import app
+from talos_fast.profiling.measure import PHASES, Timings, interleave
+from talos_fast.profiling.memory import Memory, above
+from talos_fast.profiling.work import count_work, step_bytes, touched_sectors
+
+CPU = torch.device("cpu")
+N, SIZES = 5, (7, 11, 13, 3)
+
+
+def chain(trained: tuple[int, ...]) -> nn.Sequential:
+    model = nn.Sequential(*(nn.Linear(i, o) for i, o in pairwise(SIZES)))
+    for number, layer in enumerate(model):
+        layer.requires_grad_(number in trained)
+    return model
+
+
+def count(model, x, masks=None):
+    return count_work(lambda: model(x).sum(), dict(model.named_parameters()), masks)
+
+
+class TestWork:
+    def test_everything_trains(self):
+        work = count(chain((0, 1, 2)), torch.randn(N, 7))
+        products = [2 * N * i * o for i, o in pairwise(SIZES)]
+        assert work.forward == work.weight_gradients == work.selected_gradients == sum(products)
+        assert work.activation_gradients == sum(products[1:])  # the input needs none
+        assert work.saved_bytes == 4 * N * (7 + 11 + 13)
+        assert work.done == work.floor == 2 * sum(products) + sum(products[1:])
+
+    def test_the_backward_pass_ends_at_the_lowest_layer_that_trains(self):
+        mask = torch.zeros(13, 11, dtype=torch.bool)
+        mask[2:6, 3] = True
+        work = count(chain((1,)), torch.randn(N, 7), {"1.weight": mask})
+        assert work.activation_gradients == 2 * N * 13 * 3
+        assert work.weight_gradients == 2 * N * 11 * 13
+        assert work.selected_gradients == 2 * N * 11 * 4
+        assert work.saved_bytes == 4 * N * 11  # the input of the layer that trains, and nothing else
+        assert work.done - work.floor == 2 * N * 11 * 9
+
+    def test_convolution(self):
+        model = nn.Conv2d(3, 8, 4, stride=4)
+        work = count(model, torch.randn(2, 3, 16, 16))
+        assert work.forward == work.weight_gradients == 2 * (2 * 16) * 8 * 48
+        assert work.activation_gradients == 0
+
+    def test_attention_and_autocast(self):
+        layer = nn.MultiheadAttention(16, 2, batch_first=True)
+        x = torch.randn(3, 5, 16)
+
+        def loss():
+            return layer(x, x, x, need_weights=False)[0].sum()
+
+        projections = 2 * (3 * 5) * 16 * (48 + 16)
+        scores = 2 * 2 * (3 * 2) * 5 * 5 * 8
+        fused = count_work(loss, dict(layer.named_parameters()))
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = count_work(loss, dict(layer.named_parameters()))
+        assert fused.forward == plain.forward == projections + scores
+        assert fused.weight_gradients == projections
+        with torch.autocast("cpu", torch.bfloat16):
+            low = count_work(loss, dict(layer.named_parameters()))
+        assert low.weight_gradients == projections
+        assert all(p.grad is None for p in layer.parameters())
+
+    def test_bytes_of_a_step(self):
+        p = {"w": torch.zeros(4, 16), "b": torch.zeros(4)}
+        assert step_bytes(p) == 28 * 68
+        mask = torch.zeros(4, 16, dtype=torch.bool)
+        mask[0, :8] = mask[2, 3] = True
+        assert touched_sectors(mask) == 2
+        assert touched_sectors(mask, width=2) == 2
+        # parameter twice and gradient once in whole sectors, two moments twice, one bit an entry of w
+        assert step_bytes(p, {"w": mask}) == 3 * 32 * 2 + 16 * 9 + 8 + 28 * 4
+        assert touched_sectors(torch.ones(9, dtype=torch.bool)) == 2
+
+
+class Recorded:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def prepare(self):
+        self.log.append(f"prepare {self.name}")
+
+    def run(self, mark):
+        for _ in PHASES:
+            mark()
+        self.log.append(self.name)
+
+
+class TestMeasure:
+    def test_rounds_are_interleaved_and_warm_ups_not_counted(self):
+        log = []
+        timings = interleave({n: Recorded(n, log) for n in "ab"}, CPU, warmup=1, rounds=2)
+        assert log == ["prepare a", "a", "prepare b", "b"] * 3
+        assert {name: len(t.of()) for name, t in timings.items()} == {"a": 2, "b": 2}
+
+    def test_ratios_are_of_the_same_round(self):
+        mine = Timings({p: [1.0, 10.0, 2.0] for p in PHASES})
+        theirs = Timings({p: [2.0, 20.0, 1.0] for p in PHASES})
+        assert mine.median() == 8.0
+        assert mine.median("clip", "step") == 4.0
+        assert mine.ratio(theirs) == 0.5
+
+    def test_peak_is_seen_though_it_is_freed(self):
+        def run():
+            torch.ones(16 * 2**20)
+            torch.ones(2**20)
+
+        memory = Memory(CPU)
+        before, peak = memory.held(), memory.peak(run)
+        if before is None or peak is None:
+            pytest.skip("this system does not let a process reset its high-water mark")
+        assert 60 * 2**20 < peak - before < 90 * 2**20
+        assert memory.held() < peak - 50 * 2**20
+
+    def test_a_reading_that_is_missing_gives_none(self):
+        assert above(3, 10) == 7
+        assert above(None, 10) is None and above(3, None) is None
+
+    @pytest.mark.gpu
+    def test_on_a_gpu(self):
+        device = torch.device("cuda")
+        kept, memory = torch.ones(1, device=device), Memory(device)
+        before = memory.held()
+        assert kept.device.type == "cuda"
+        assert memory.peak(lambda: torch.ones(2**20, device=device)) == before + 4 * 2**20
+        timings = interleave({"a": Recorded("a", [])}, device, warmup=0, rounds=2)
+        assert len(timings["a"].of()) == 2
+        assert min(timings["a"].of()) >= 0
+
+
+class Net(nn.Module):
+    """Two layers, dropout, and a buffer that each forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(6, 8), nn.Linear(8, 3), nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.second(self.drop(self.first(x).relu()))
+
+
+def batches():
+    return [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))]
+
+
+def mask_of(model):
+    mask = torch.zeros(8, 6, dtype=torch.bool)
+    mask[:2, 1:3] = True
+    return talos.Mask({"first.weight": mask})
+
+
+class TestProfile:
+    def test_the_model_is_left_as_it_was(self, tmp_path):
+        model = Net().eval()
+        model.second.bias.requires_grad_(False)
+        before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        data = batches()
+        torch.set_rng_state(random)
+        found = talos.profile(model, data, mask=mask_of(model), rounds=2, warmup=1, trace=tmp_path / "trace.json")
+        assert torch.equal(torch.get_rng_state(), random)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert not model.training
+        assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"second.bias"}
+        assert all(p.grad is None for p in model.parameters())
+        assert list(found.rows) == ["nonlinear", "talos"]
+        assert found.rows["talos"].trained == 4
+        assert found.rows["nonlinear"].trained == 8 * 6 + 8 + 3 * 8
+        assert any(
+            event.get("name") == "aten::addmm"
+            for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        )
+
+    def test_counts_and_text(self):
+        model = Net()
+        found = talos.profile(model, batches(), mask=mask_of(model), rounds=2, warmup=0, clip=None)
+        full, sparse = found.rows["nonlinear"].work, found.rows["talos"].work
+        assert full.done == 2 * 4 * (2 * 48 + 3 * 24)
+        assert sparse.floor == 2 * 4 * (48 + 2 * 24 + 48 * 2 // 8)
+        content = json.loads(json.dumps(found.to_json()))
+        assert content["batch"] == 4 and content["rounds"] == 2 and content["device"] == "cpu"
+        assert len(content["rows"]["talos"]["timings"]["seconds"]["step"]) == 2
+        assert found.ratio("nonlinear") == 1.0
+        text = str(found)
+        assert "Net" in text and "/ nonlinear" in text and "GFLOP" in text and "clip+step" in text
+
+    def test_full_fine_tuning_alone(self):
+        assert list(talos.profile(Net(), batches(), method="nonlinear", rounds=1, warmup=0).rows) == ["nonlinear"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"rounds": 0}, "rounds=0"),
+            ({"warmup": -1}, "warmup=-1"),
+            ({"batches": []}, "there is no batch"),
+            ({"mask": None}, "needs mask="),
+            ({"mask": None, "method": "lota"}, "needs finetuned="),
+            ({"method": "nonlinear"}, "mask= means nothing to method 'nonlinear'"),
+            ({"trace": "/no/such/folder/trace.json"}, "trace=/no/such/folder/trace.json"),
+        ],
+    )
+    def test_errors(self, arguments, message):
+        model = Net()
+        data = arguments.pop("batches", batches())
+        with pytest.raises(talos.TalosError, match=message):
+            talos.profile(model, data, **{"mask": mask_of(model), "rounds": 1, "warmup": 0, **arguments})
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_command(tmp_path):
+    out, trace = tmp_path / "profile.json", tmp_path / "trace.json.gz"
+    arguments = ["profile", "--model", "tiny", "--data", "demo:digits", "--method", "nonlinear", "--rounds", "1"]
+    result = CliRunner().invoke(
+        app, [*arguments, "--warmup", "0", "--batch-size", "4", "--out", str(out), "--trace", str(trace)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "nonlinear" in result.output and trace.stat().st_size > 0
+    content = json.loads(out.read_text())
+    assert content["model"] == "tiny" and content["task"] == "digits" and content["rows"]["nonlinear"]["work"]

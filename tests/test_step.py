@@ -1,0 +1,117 @@
+"""A step that the host reads later: bad batches are named, and change no parameter, whatever the lag."""
+
+import pytest
+import torch
+from torch import nn
+
+from talos_fast import MaskedAdam, TalosError
+from talos_fast.methods import Setup
+from talos_fast.step import Step
+from talos_fast.watch import Watch
+
+KINDS = ("logits", "loss", "gradient", "labels")
+SAID = {
+    "logits": "logits hold NaN", "loss": "the loss is inf", "gradient": "norm of the gradient is",
+    "labels": "labels 0 … 7",
+}  # fmt: skip
+
+
+class Explode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float("inf")
+
+
+def make(kind: str | None, lag: int, masked: bool, bad_at: int = 2):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    masks = {name: torch.rand(p.shape) < 0.5 for name, p in net.named_parameters()} if masked else None
+    optimizer = MaskedAdam(list(net.named_parameters()), lr=1e-2, masks=masks, fused=True)
+    calls = {"forward": -1}
+
+    def forward(model, batch):
+        calls["forward"] += 1
+        logits = model(batch[0])
+        if calls["forward"] == bad_at and kind == "logits":
+            return logits * float("nan")
+        return Explode.apply(logits) if calls["forward"] == bad_at and kind == "gradient" else logits
+
+    def loss(logits, labels):
+        value = nn.functional.cross_entropy(logits, labels)
+        return value * float("inf") if calls["forward"] == bad_at and kind == "loss" else value
+
+    setup = Setup(dict(net.named_parameters()), optimizer, forward, dict)
+    return net, Step(setup, net, loss, clip=1.0, lag=lag)
+
+
+def batch(number: int, kind: str | None = None):
+    generator = torch.Generator().manual_seed(number)
+    labels = torch.tensor([0, 1, 2, 7 if kind == "labels" and number == 2 else 0])
+    return torch.randn(4, 4, generator=generator), labels
+
+
+def take(step: Step, numbers: range, kind: str | None = None, then=None) -> None:
+    for number in numbers:
+        step.backward(batch(number, kind), f"batch {number}")
+        step.clip(f"batch {number}", then)
+        step.update(1e-2)
+        step.release()
+    step.watch.settle()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lag", [0, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_batch_is_named_and_changes_nothing(kind, lag, masked):
+    good, step = make(None, 0, masked)
+    take(step, range(2))
+    net, step = make(kind, lag, masked)
+    known = []
+    with pytest.raises(TalosError, match=f"batch 2: .*{SAID[kind]}"):
+        take(step, range(5), kind, then=lambda: known.append(1))
+    for p, expected in zip(net.parameters(), good.parameters(), strict=True):
+        assert torch.equal(p, expected)
+    assert len(known) == 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_lag_changes_no_bit(masked):
+    nets = []
+    for lag in (0, 4):
+        net, step = make(None, lag, masked)
+        take(step, range(6))
+        nets.append(net)
+    for first, second in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_an_optimizer_that_cannot_skip_is_read_at_once():
+    net = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+    setup = Setup(dict(net.named_parameters()), optimizer, lambda model, batch: model(batch[0]) * float("nan"), dict)
+    before = [p.detach().clone() for p in net.parameters()]
+    step = Step(setup, net, nn.functional.cross_entropy, clip=None)
+    with pytest.raises(TalosError, match="batch 0: the logits"):
+        step.backward(batch(0), "batch 0")
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+def test_notes_are_read_in_order_and_the_first_bad_one_speaks():
+    watch, read = Watch(torch.device("cpu"), lag=3), []
+
+    def judge(found):
+        read.append(found[0])
+        if found[0] < 0:
+            raise TalosError(f"bad {found[0]}")
+
+    for value in (1.0, -2.0, -3.0):
+        watch.note(torch.tensor([value]), torch.tensor(value < 0), judge)
+    assert read == [] and watch.tripped == 1
+    with pytest.raises(TalosError, match=r"bad -2\.0"):
+        watch.settle()
+    watch.settle()
+    assert read == [1.0, -2.0]

@@ -1,0 +1,72 @@
+"""A study in a folder: killed and resumed it measures the same, and each method gets its own best rate."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from tiny_models import image_task, tiny_clip
+
+from talos_fast import TalosError, study
+from talos_fast.cells import Cells
+from talos_fast.study import Plan, Study
+
+PLAN = Plan({"nonlinear": (1e-3, 3e-3), "lota": (1e-3, 3e-3)}, steps=3, batch_size=6, selection=1)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_clip()
+
+
+def rows(backbone, plan: Plan, cells: Cells, stand_in=None) -> dict:
+    tasks = [image_task("three", 3), image_task("four", 4)]
+    made = Study(backbone, tasks, tasks[1], plan, progress=False, cells=cells, stand_in=stand_in)
+    return {method: made.row(method) for method in plan.learning_rates}
+
+
+def without_seconds(found: dict) -> dict:
+    return {method: {key: value for key, value in row.items() if key != "seconds"} for method, row in found.items()}
+
+
+def test_killed_and_resumed_measures_the_same(backbone, tmp_path, monkeypatch):
+    whole = json.loads(json.dumps(rows(backbone, PLAN, Cells())))
+    train, calls = study.finetune, []
+
+    def dying(*arguments, **options):
+        calls.append(options["method"])
+        if len(calls) in (2, 6):
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(study, "finetune", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            rows(backbone, PLAN, Cells(tmp_path, asdict(PLAN)))
+    again = rows(backbone, PLAN, Cells(tmp_path, asdict(PLAN)))
+    assert without_seconds(json.loads(json.dumps(again))) == without_seconds(whole)
+    # Three runs a method: two rates on the first task, the better one on the second; and the two that died.
+    assert len(calls) == 2 * 3 + 2
+    assert rows(backbone, PLAN, Cells(tmp_path, asdict(PLAN))) == json.loads(json.dumps(again)) and len(calls) == 8
+
+
+def test_another_plan_is_refused(tmp_path):
+    Cells(tmp_path, asdict(PLAN))
+    with pytest.raises(TalosError, match="results of another plan, which differs in seed, steps"):
+        Cells(tmp_path, asdict(replace(PLAN, steps=4, seed=1)))
+
+
+def test_rates_grow_while_the_end_is_best(backbone, monkeypatch):
+    """Validation accuracy rises with the rate up to 8 and falls after it: 1, 2 grow to 4, 8 and 16."""
+    plan = replace(PLAN, learning_rates={"nonlinear": (1.0, 2.0)}, extend=5)
+    made = Study(backbone, [image_task()], image_task(), plan, progress=False)
+    monkeypatch.setattr(made, "_trained", lambda method, lr, task: {"validation": -abs(lr - 8.0)})
+    found = made.rate("nonlinear")
+    assert found["lr"] == 8.0 and [float(lr) for lr in found["validation_by_lr"]] == [1, 2, 4, 8, 16]
+
+
+def test_the_control_has_a_stand_in_when_it_is_forgotten(backbone):
+    plan, other = replace(PLAN, learning_rates={"nonlinear": (1e-3,)}), image_task("five", 5)
+    negation = rows(backbone, plan, Cells(), stand_in=other)["nonlinear"]["negation"]
+    control = Study(backbone, [other], other, plan, progress=False)
+    reference = control._validate(other, control._nothing, [0.0])[0]
+    assert negation["four"]["control"] == reference
