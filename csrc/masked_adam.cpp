@@ -1,81 +1,23 @@
-// The CPU implementation of masked_adam_: checks, then the blocks of masked_adam.h over all threads.
+// The CPU implementation of masked_adam_: the rows of all tensors, shared out over the threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
+#include <atomic>
+#include <vector>
 
-#include "check.h"
 #include "isa.h"
-#include "masked_adam.h"
+#include "masked_adam_check.h"
 
 namespace talos {
 
-using Optional = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
 
-// Rows that one thread takes at a time: some 30 microseconds of work.
-constexpr int64_t kGrain = 16;
-constexpr int64_t kTile = 65536;  // elements that an offset can reach
+// Rows that a thread takes at a time: some 15 to 50 microseconds of work, and memory in long streams.
+constexpr int64_t kGrain = 64;
 
-Encoding encoding_of(const Optional& index) {
-  if (!index.has_value()) return Encoding::kRuns;
-  const bool bits = index->scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(bits || index->scalar_type() == ScalarType::Short, "index must be uint8 (bits) or int16 (offsets)");
-  STD_TORCH_CHECK(index->is_contiguous(), "index must be contiguous");
-  return bits ? Encoding::kBits : Encoding::kOffsets;
-}
-
-void check_state(const Tensor& state, const char* name, int64_t entries, ScalarType type) {
-  STD_TORCH_CHECK(state.scalar_type() == type, name, " must be float64 for float64 parameters, else float32");
-  STD_TORCH_CHECK(state.is_contiguous() && state.numel() == entries, name, " must be contiguous with ", entries,
-                  " entries, as exp_avg has, but has ", state.numel());
-}
-
-// Whether grad has the entries only, and not an element of every element of param.
-bool check_grad(const Tensor& grad, const Tensor& param, const Tensor& exp_avg) {
-  const bool dense = grad.numel() == param.numel() && grad.scalar_type() == param.scalar_type();
-  STD_TORCH_CHECK(dense || grad.numel() == param.numel() || grad.numel() == exp_avg.numel(), "grad has ", grad.numel(),
-                  " entries: neither the ", param.numel(), " of param nor the ", exp_avg.numel(), " that are selected");
-  STD_TORCH_CHECK(dense || grad.numel() == exp_avg.numel(), "grad must have the dtype of param");
-  STD_TORCH_CHECK(dense || grad.scalar_type() == param.scalar_type() || grad.scalar_type() == exp_avg.scalar_type(),
-                  "grad of the selected entries must have the dtype of param or of exp_avg");
-  STD_TORCH_CHECK(param.is_contiguous() && grad.is_contiguous(), "param and grad must be contiguous");
-  return !dense;
-}
-
-// The elements that a row of the last tile names: only those can lie beyond the parameter.
-bool is_inside(const Row& row, const uint8_t* bits, int64_t numel) {
-  for (int64_t i = numel - row.base; i < kBlock; ++i) {
-    if (bits[i / 8] >> i % 8 & 1) return false;
-  }
-  return true;
-}
-
-bool is_inside(const Row& row, const uint16_t* offsets, int64_t numel) {
-  if (row.base + kTile <= numel) return true;
-  int64_t most = 0;
-  for (int64_t i = 0; i < row.count; ++i) most = offsets[i] > most ? offsets[i] : most;
-  return row.base + most < numel;
-}
-
-// Every row must stay inside the parameter, the state and the index, and what the index says inside the parameter.
-void check_rows(const Row* rows, int64_t count, int64_t numel, int64_t entries, const Optional& index) {
-  const Encoding encoding = encoding_of(index);
-  const void* const begin = index.has_value() ? index->const_data_ptr() : nullptr;
-  for (int64_t r = 0; r < count; ++r) {
-    const Row& row = rows[r];
-    const int64_t read = encoding == Encoding::kBits ? kBlock / 8 : encoding == Encoding::kOffsets ? row.count : 0;
-    const int64_t span = encoding == Encoding::kRuns ? row.count : 1;
-    bool inside = row.count >= 0 && row.count <= kBlock && row.first >= 0 && row.first <= entries - row.count &&
-                  row.base >= 0 && row.base <= numel - span && row.at >= 0 &&
-                  (read == 0 || row.at <= index->numel() - read);
-    if (inside && encoding == Encoding::kBits) {
-      inside = is_inside(row, static_cast<const uint8_t*>(begin) + row.at, numel);
-    } else if (inside && encoding == Encoding::kOffsets) {
-      inside = is_inside(row, static_cast<const uint16_t*>(begin) + row.at, numel);
-    }
-    STD_TORCH_CHECK(inside, "row ", r, " of work leaves the parameter, its state or its index");
-  }
-}
+struct Chunk {
+  int64_t tensor, begin, count;  // which, first row, rows
+};
 
 template <typename T, typename A>
 auto choose_update() {
@@ -87,62 +29,73 @@ auto choose_update() {
   return update_portable<T, A>;
 }
 
+// One parallel region for all tensors; rows differ in work, so threads fetch chunks as they finish.
 template <typename T, typename A>
-void run(const AdamTensor<T, A>& tensor, const Tensor& work, const AdamScalars<A>& scalars) {
+void run(const std::vector<AdamTensor<T, A>>& tensors, const Tensors& work, const AdamScalars<A>& scalars) {
   static const auto update = choose_update<T, A>();
-  const Row* const rows = reinterpret_cast<const Row*>(work.const_data_ptr<int64_t>());
-  torch::stable::parallel_for(0, work.size(0), kGrain,
-                              [&](int64_t begin, int64_t end) { update(tensor, rows + begin, end - begin, scalars); });
+  std::vector<Chunk> chunks;
+  for (size_t t = 0; t < work.size(); ++t) {
+    for (int64_t begin = 0; begin < work[t].size(0); begin += kGrain) {
+      chunks.push_back({static_cast<int64_t>(t), begin, tile_extent(begin, work[t].size(0), kGrain)});
+    }
+  }
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t, int64_t) {
+    for (size_t c = next++; c < chunks.size(); c = next++) {
+      const Row* const rows = reinterpret_cast<const Row*>(work[chunks[c].tensor].const_data_ptr<int64_t>());
+      update(tensors[chunks[c].tensor], rows + chunks[c].begin, chunks[c].count, scalars);
+    }
+  });
 }
 
 template <typename T, typename A>
 AdamTensor<T, A> pointers(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                          const Optional& max_exp_avg_sq, const Optional& master, const Optional& index, bool compact) {
-  AdamTensor<T, A> tensor{static_cast<T*>(param.mutable_data_ptr()),
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          exp_avg.mutable_data_ptr<A>(),
-                          exp_avg_sq.mutable_data_ptr<A>(),
-                          max_exp_avg_sq.has_value() ? max_exp_avg_sq->mutable_data_ptr<A>() : nullptr,
-                          master.has_value() ? master->mutable_data_ptr<A>() : nullptr,
-                          index.has_value() ? index->const_data_ptr() : nullptr,
-                          encoding_of(index),
-                          param.numel()};
+                          const Tensor* max_exp_avg_sq, const Tensor* master, const Optional& index) {
+  const bool compact = check_grad(grad, param, exp_avg);
+  const bool wide = grad.scalar_type() != param.scalar_type();
   const void* const g = grad.const_data_ptr();
-  if (!compact) {
-    tensor.grad = static_cast<const T*>(g);
-  } else if (grad.scalar_type() == param.scalar_type()) {
-    tensor.entry_grad = static_cast<const T*>(g);
-  } else {
-    tensor.wide_entry_grad = static_cast<const A*>(g);
-  }
-  return tensor;
+  return {static_cast<T*>(param.mutable_data_ptr()),
+          compact ? nullptr : static_cast<const T*>(g),
+          compact && !wide ? static_cast<const T*>(g) : nullptr,
+          compact && wide ? static_cast<const A*>(g) : nullptr,
+          exp_avg.mutable_data_ptr<A>(),
+          exp_avg_sq.mutable_data_ptr<A>(),
+          max_exp_avg_sq != nullptr ? max_exp_avg_sq->mutable_data_ptr<A>() : nullptr,
+          master != nullptr ? master->mutable_data_ptr<A>() : nullptr,
+          index.has_value() ? index->const_data_ptr() : nullptr,
+          encoding_of(index),
+          param.numel()};
 }
 
-void masked_adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Optional max_exp_avg_sq,
-                     Optional master, Tensor work, Optional index, double decay, double beta1, double beta2,
-                     double step_size, double correction, double eps, double grad_scale, bool maximize) {
-  const ScalarType type = param.scalar_type();
-  const int64_t entries = exp_avg.numel();
-  const ScalarType wide = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(is_supported(type), "param must be float32, float64, bfloat16 or float16");
-  const bool compact = check_grad(grad, param, exp_avg);
+void masked_adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+                     Tensors masters, Tensors work, std::vector<Optional> index, double decay, double beta1,
+                     double beta2, double step_size, double correction, double eps, double grad_scale, bool maximize) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
+                      work.size() == count && index.size() == count,
+                  "params, grads, exp_avgs, exp_avg_sqs, work and index must be equally long");
   STD_TORCH_CHECK(
-      work.scalar_type() == ScalarType::Long && work.is_contiguous() && work.dim() == 2 && work.size(1) == 4,
-      "work must be a contiguous int64 table of four columns");
-  check_state(exp_avg, "exp_avg", entries, wide);
-  check_state(exp_avg_sq, "exp_avg_sq", entries, wide);
-  if (max_exp_avg_sq.has_value()) check_state(*max_exp_avg_sq, "max_exp_avg_sq", entries, wide);
-  if (master.has_value()) check_state(*master, "master", entries, wide);
-  check_rows(reinterpret_cast<const Row*>(work.const_data_ptr<int64_t>()), work.size(0), param.numel(), entries, index);
-
+      (max_exp_avg_sqs.empty() || max_exp_avg_sqs.size() == count) && (masters.empty() || masters.size() == count),
+      "max_exp_avg_sqs and masters must be empty or as long as params");
+  if (count == 0) return;
+  const ScalarType type = params[0].scalar_type();
+  STD_TORCH_CHECK(is_supported(type), "params must be float32, float64, bfloat16 or float16");
+  const auto at = [](const Tensors& list, size_t t) { return list.empty() ? nullptr : &list[t]; };
+  for (size_t t = 0; t < count; ++t) {
+    STD_TORCH_CHECK(params[t].scalar_type() == type, "params must have one dtype");
+    check_tensor(params[t], exp_avgs[t], exp_avg_sqs[t], at(max_exp_avg_sqs, t), at(masters, t), work[t], index[t]);
+  }
   auto go = [&](auto element, auto arithmetic) {
     using T = decltype(element);
     using A = decltype(arithmetic);
+    std::vector<AdamTensor<T, A>> tensors;
+    for (size_t t = 0; t < count; ++t) {
+      tensors.push_back(pointers<T, A>(params[t], grads[t], exp_avgs[t], exp_avg_sqs[t], at(max_exp_avg_sqs, t),
+                                       at(masters, t), index[t]));
+    }
     const AdamScalars<A> scalars{A(decay),      A(beta2),     A(step_size), A(correction), A(eps),
                                  A(grad_scale), A(1 - beta1), A(1 - beta2), maximize};
-    run(pointers<T, A>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, index, compact), work, scalars);
+    run(tensors, work, scalars);
   };
   if (type == ScalarType::Double) {
     go(double{}, double{});

@@ -1,21 +1,15 @@
 // AdamW over the selected entries of one tensor, a part at a time: gather, update, scatter.
 //
 // A part is small enough that the reads of the next one overlap with the arithmetic of this one, and its entries lie
-// side by side, so every vector of the arithmetic is full. No prefetches: all streams are sequential, and the
-// hardware's own are faster.
+// side by side, so every vector of the arithmetic is full. Only entries at offsets are prefetched: all else is streams,
+// which the hardware foresees better.
 #pragma once
 
-#include "compress.h"
+#include "selection.h"
 
 namespace talos {
 
 constexpr int64_t kPart = 256;  // elements of a tile that are worked on at a time
-
-enum class Encoding { kRuns, kBits, kOffsets };
-
-struct Row {
-  int64_t base, at, first, count;  // element, place in the index, compact entry, entries
-};
 
 template <typename A>
 struct AdamScalars {

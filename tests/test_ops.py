@@ -288,13 +288,14 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for density in (0.3, 0.02, 1):
         param, mask = torch.randn(5000, dtype=dtype), torch.rand(5000) < density
         selection, wide = select(mask, param), torch.promote_types(dtype, torch.float32)
-        ours = [param, torch.randn(5000, dtype=dtype), *torch.rand(3, selection.count, dtype=wide),
-                param[mask].to(wide) if wide != dtype else None, selection.work, selection.index]
-        theirs = [t if t is None else t.clone() for t in ours]
+        ours = [[param], [torch.randn(5000, dtype=dtype)], *torch.rand(3, 1, selection.count, dtype=wide).unbind(),
+                [param[mask].to(wide)] if wide != dtype else [], [selection.work], [selection.index]]
+        ours[2:5] = [list(moments) for moments in ours[2:5]]
+        theirs = [[t if t is None else t.clone() for t in column] for column in ours]
         scalars = dict(decay=0.999, beta1=0.9, beta2=0.99, step_size=1e-2, correction=0.3, eps=1e-8, grad_scale=2.0)
         torch.ops.talos_fast.masked_adam_(*ours, **scalars, maximize=True)
         masked_adam_reference(*theirs, **scalars, maximize=True)
-        for got, want in zip(ours[:5], theirs[:5]):
+        for (got,), (want,) in zip(ours[:5], theirs[:5]):
             eps = torch.finfo(got.dtype).eps
             torch.testing.assert_close(got, want, rtol=8 * eps, atol=eps)
 if {opcheck} and importlib.util.find_spec("expecttest"):

@@ -72,6 +72,15 @@ def problem(mask, dtype, amsgrad=True, device="cpu"):
     return [param, grad, *moments, *([] if amsgrad else [None]), master, selection.work, selection.index]
 
 
+def run(step, *problems, **scalars):
+    """``masked_adam_`` or its reference on one tensor or several."""
+    columns = [list(column) for column in zip(*problems, strict=True)]
+    for n in (4, 5):  # AMSGrad's maxima and masters: of all tensors or none
+        columns[n] = [t for t in columns[n] if t is not None]
+    step(*columns, **SCALARS | dict(grad_scale=1.0, maximize=False) | scalars)
+
+
+OPERATOR = torch.ops.talos_fast.masked_adam_
 MASKS = {
     "all": torch.ones(65_537, dtype=torch.bool), "runs": stripes(70_000, 300), "bits": torch.rand(70_000) < 0.4,
     "sparse bits": torch.rand(70_000) < 0.07, "offsets": torch.rand(200_000) < 0.03, "edge": torch.rand(1025) < 0.5,
@@ -90,9 +99,8 @@ def clone(tensors):
 def test_the_operator_against_its_reference(dtype, mask, beta1, grad_scale, maximize, amsgrad):
     ours = problem(mask, dtype, amsgrad)
     theirs, before = clone(ours), ours[0].clone()
-    scalars = SCALARS | dict(beta1=beta1, grad_scale=grad_scale, maximize=maximize)
-    torch.ops.talos_fast.masked_adam_(*ours, **scalars)
-    masked_adam_reference(*theirs, **scalars)
+    for step, arguments in ((OPERATOR, ours), (masked_adam_reference, theirs)):
+        run(step, arguments, beta1=beta1, grad_scale=grad_scale, maximize=maximize)
     assert torch.equal(ours[0][~mask], before[~mask])
     assert_close(ours, theirs)
 
@@ -108,17 +116,14 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_compact_gradients_step_as_dense_ones(dtype, mask):
     dense = problem(mask, dtype)
-    scalars = SCALARS | dict(grad_scale=4.0, maximize=True)
     entries = dense[1][mask]
-    compact = [
-        [t.clone(), grad, *clone(rest)] for t, _, *rest in [dense] for grad in (entries, entries.to(dense[2].dtype))
-    ]
-    in_torch = clone(compact[1])
-    masked_adam_reference(*dense, **scalars)
-    masked_adam_reference(*in_torch, **scalars)
+    narrow, wide = ([dense[0].clone(), grad, *clone(dense[2:])] for grad in (entries, entries.to(dense[2].dtype)))
+    in_torch = clone(wide)
+    run(masked_adam_reference, dense, grad_scale=4.0, maximize=True)
+    run(masked_adam_reference, in_torch, grad_scale=4.0, maximize=True)
     assert torch.equal(in_torch[0], dense[0])
-    for arguments in compact:
-        torch.ops.talos_fast.masked_adam_(*arguments, **scalars)
+    for arguments in (narrow, wide):
+        run(OPERATOR, arguments, grad_scale=4.0, maximize=True)
         assert_close([arguments[0], *arguments[2:]], [dense[0], *dense[2:]])
 
 
@@ -126,27 +131,40 @@ def test_compact_gradients_keep_what_fp32_holds():
     param, _, *rest = problem(MASKS["edge"], torch.bfloat16)
     ours = [param, torch.randn(rest[0].numel()), *rest]
     theirs = clone(ours)
-    for run, arguments in ((torch.ops.talos_fast.masked_adam_, ours), (masked_adam_reference, theirs)):
-        run(*arguments, **SCALARS, grad_scale=1.0, maximize=False)
+    run(OPERATOR, ours)
+    run(masked_adam_reference, theirs)
     assert_close(ours, theirs)
 
 
-def test_one_bit_is_not_the_next():
-    """Every place of a tile alone, and every count of entries: tails of vectors, tails of parts."""
+def test_every_place_of_a_tile_and_every_count():
+    """Tails of vectors, tails of parts."""
     for mask in (torch.eye(1024, dtype=torch.bool)[::37].reshape(-1), torch.ones(70, 1024).tril().bool().view(-1)):
         ours = problem(mask, torch.float32)
         theirs = clone(ours)
-        torch.ops.talos_fast.masked_adam_(*ours, **SCALARS, grad_scale=1.0, maximize=False)
-        masked_adam_reference(*theirs, **SCALARS, grad_scale=1.0, maximize=False)
+        run(OPERATOR, ours)
+        run(masked_adam_reference, theirs)
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tensors_step_as_each_would(dtype):
+    ours = [problem(mask, dtype) for mask in MASKS.values()]
+    theirs = [clone(arguments) for arguments in ours]
+    run(OPERATOR, *ours)
+    for got, want in zip(ours, theirs, strict=True):
+        run(OPERATOR, want)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None)
 
 
 @pytest.mark.parametrize("density", [1.1, 0.4, 0.02])
 def test_opcheck(density):
     pytest.importorskip("expecttest", reason="opcheck needs expecttest")
-    scalars = SCALARS | dict(grad_scale=1.0, maximize=False)
     arguments = problem(random_mask(3000, density), torch.float32)
-    torch.library.opcheck(torch.ops.talos_fast.masked_adam_.default, arguments, scalars)
+
+    def check(*lists, **scalars):
+        torch.library.opcheck(OPERATOR.default, lists, scalars)
+
+    run(check, arguments)
 
 
 BAD_GRADS = {
@@ -156,15 +174,13 @@ BAD_GRADS = {
 }
 
 
-@pytest.mark.parametrize(
-    "run", [torch.ops.talos_fast.masked_adam_, masked_adam_reference], ids=["operator", "reference"]
-)
+@pytest.mark.parametrize("step", [OPERATOR, masked_adam_reference], ids=["operator", "reference"])
 @pytest.mark.parametrize("text", BAD_GRADS)
-def test_gradients_that_do_not_fit_are_refused(text, run):
+def test_gradients_that_do_not_fit_are_refused(text, step):
     arguments = problem(random_mask(3000, 0.4), torch.float32)
     arguments[1] = BAD_GRADS[text](arguments)
     with pytest.raises((RuntimeError, TalosError), match=text):
-        run(*arguments, **SCALARS, grad_scale=1.0, maximize=False)
+        run(step, arguments)
 
 
 def spoil(arguments, position):
@@ -177,7 +193,7 @@ SPOILED = {
     "param and grad must be contiguous": lambda a: [a[0], torch.randn(6000)[::2], *a[2:]],
     "exp_avg_sq must be contiguous with": lambda a: [*a[:3], a[3][1:], *a[4:]],
     "exp_avg must be float64 for float64 parameters, else float32": lambda a: [*a[:2], a[2].double(), *a[3:]],
-    "four columns": lambda a: [*a[:6], a[6][:, :3].contiguous(), a[7]],
+    "must be a contiguous int64 table of four columns": lambda a: [*a[:6], a[6][:, :3].contiguous(), a[7]],
     "index must be uint8": lambda a: [*a[:7], a[7].float()],
     "row 0 of work leaves the parameter": lambda a: [*a[:6], a[6] + 4096, a[7]],
     "row 2 of work leaves the parameter, its state or its index": lambda a: spoil(a, -1),
@@ -189,14 +205,28 @@ SPOILED = {
 def test_the_operator_refuses_stray_memory(text):
     arguments = problem(random_mask(3000, 0.4), torch.float32)
     with pytest.raises(RuntimeError, match=text):
-        torch.ops.talos_fast.masked_adam_(*SPOILED[text](arguments), **SCALARS, grad_scale=1.0, maximize=False)
+        run(OPERATOR, SPOILED[text](arguments))
 
 
 @pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
 def test_the_operator_refuses_stray_offsets():
     arguments = problem(random_mask(3000, 0.02), torch.float32)
     with pytest.raises(RuntimeError, match="row 0 of work leaves the parameter"):
-        torch.ops.talos_fast.masked_adam_(*spoil(arguments, 5), **SCALARS, grad_scale=1.0, maximize=False)
+        run(OPERATOR, spoil(arguments, 5))
+
+
+@pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
+def test_the_operator_refuses_lists_that_do_not_fit():
+    one, other = (problem(random_mask(3000, 0.4), dtype, amsgrad=False) for dtype in (torch.float32, torch.float64))
+    with pytest.raises(RuntimeError, match="params must have one dtype"):
+        run(OPERATOR, one, other)
+    lists = [[t] for t in one]
+    for n, message in ((1, "must be equally long"), (4, "must be empty or as long as params")):
+        spoiled = [[one[2], one[2]] if place == n else column for place, column in enumerate(lists)]
+        spoiled = [[t for t in column if t is not None] if place in (4, 5) else column
+                   for place, column in enumerate(spoiled)]  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            OPERATOR(*spoiled, **SCALARS, grad_scale=1.0, maximize=False)
 
 
 def test_channels_last_weights_step_as_they_lie():

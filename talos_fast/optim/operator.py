@@ -1,6 +1,8 @@
 """The operator ``talos_fast::masked_adam_``: its shape under torch.compile, and its reference in plain torch."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,39 +12,48 @@ from talos_fast.errors import TalosError
 from talos_fast.optim.plan import BLOCK
 
 _SCHEMA = (
-    "masked_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-    "Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, Tensor work, Tensor? index, *, float decay, float beta1, "
+    "masked_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] work, Tensor?[] index, *, float decay, float beta1, "
     "float beta2, float step_size, float correction, float eps, float grad_scale, bool maximize) -> ()"
 )
 
 
 def masked_adam_reference(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None,
-    master: Tensor | None, work: Tensor, index: Tensor | None, *, decay: float, beta1: float, beta2: float,
-    step_size: float, correction: float, eps: float, grad_scale: float, maximize: bool,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor], masters: Sequence[Tensor], work: Sequence[Tensor],
+    index: Sequence[Tensor | None], **scalars: Any,
 ) -> None:  # fmt: skip
-    """AdamW on the selected entries of one tensor, in place; every other entry stays unread and unwritten.
+    """AdamW on the selected entries of tensors, in place; every other entry stays unread and unwritten.
 
     ``p = decay p;  m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g²;  p -= step_size m / (√v/correction + eps)``
 
     Args:
-        param: contiguous, any shape: float32, float64, bfloat16 or float16.
-        grad: contiguous; as many elements as ``param``, of its dtype; or *compact*: one an entry, in memory order, of
-            the dtype of ``param`` or of ``exp_avg``.
-        exp_avg, exp_avg_sq, max_exp_avg_sq, master: (entries,) float32, float64 for float64 parameters. With
-            ``max_exp_avg_sq`` the step is AMSGrad's; ``master`` counts where, rounded, it equals the parameter.
+        params: contiguous, any shape, of one dtype: float32, float64, bfloat16 or float16.
+        grads: contiguous; as many elements as the parameter, of its dtype; or *compact*: one an entry, in memory order,
+            of the dtype of the parameter or of ``exp_avgs``.
+        exp_avgs, exp_avg_sqs: (entries,) float32, float64 for float64 parameters.
+        max_exp_avg_sqs: the same, and the step is AMSGrad's; or empty.
+        masters: the same; they count where, rounded, they equal the parameter. Or empty.
         work, index: those of `talos_fast.optim.plan.Selection`.
-        decay: 1 - lr · weight_decay.
-        beta1, beta2, eps: AdamW's.
-        step_size: lr / (1 - beta1^t).
-        correction: √(1 - beta2^t).
-        grad_scale: what the gradients are divided by.
-        maximize: whether they are negated.
+        scalars: ``decay`` = 1 - lr · weight_decay; AdamW's ``beta1``, ``beta2``, ``eps``; ``step_size`` =
+            lr / (1 - beta1^t); ``correction`` = √(1 - beta2^t); ``grad_scale``, what the gradients are divided by; and
+            ``maximize``, whether they are negated.
 
     Raises:
-        TalosError: ``grad`` fits neither ``param`` nor the entries. The C++ operator raises a RuntimeError for this,
-            and for anything else that would let it leave its arguments' memory.
+        TalosError: a gradient fits neither its parameter nor the entries. The C++ operator raises a RuntimeError for
+            this, and for anything else that would let it leave its arguments' memory.
     """
+    tops: Sequence[Tensor | None] = max_exp_avg_sqs or [None] * len(params)
+    wides: Sequence[Tensor | None] = masters or [None] * len(params)
+    for arguments in zip(params, grads, exp_avgs, exp_avg_sqs, tops, wides, work, index, strict=True):
+        _update(*arguments, **scalars)
+
+
+def _update(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None,
+    master: Tensor | None, work: Tensor, index: Tensor | None, *, decay: float, beta1: float, beta2: float,
+    step_size: float, correction: float, eps: float, grad_scale: float, maximize: bool,
+) -> None:  # fmt: skip
     places = _places(work, index)
     entries = param.view(-1)[places]
     g = grad.view(-1) if _is_compact(grad, param, exp_avg) else grad.view(-1)[places]
@@ -101,7 +112,7 @@ def _places(work: Tensor, index: Tensor | None) -> Tensor:
     return torch.repeat_interleave(work[:, 0], counts) + (index.long() & 0xFFFF)
 
 
-def _fake(param: Tensor, *_args: object, **_kwargs: object) -> None:
+def _fake(*_args: object, **_kwargs: object) -> None:
     """Nothing comes out: the operator writes in place."""
 
 

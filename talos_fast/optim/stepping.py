@@ -4,9 +4,8 @@ Masked parameters on the CPU go to the operator where it reaches; elsewhere thei
 by torch's AdamW and scattered back. Parameters without a mask are torch's.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import compress
-from operator import not_
 from typing import Any
 
 import torch
@@ -36,13 +35,17 @@ def step_others(
         found_inf: 0-d; if it is not 0, nothing changes.
     """
     pairs = list(zip(members, gradients, strict=True))
-    reached = [_compiles(member, gradient, group) for member, gradient in pairs]
-    compiled, others = list(compress(pairs, reached)), list(compress(pairs, map(not_, reached)))
+    compiled: dict[Any, list[tuple[Member, Tensor]]] = defaultdict(list)
+    others = []
+    for member, gradient in pairs:
+        if _compiles(member, gradient, group):
+            compiled[member.state["step"].item(), member.parameter.dtype].append((member, gradient))
+        else:
+            others.append((member, gradient))
     if compiled and not (found_inf is not None and bool(found_inf)):
         divisor = 1.0 if scale is None else float(scale)
-        torch._foreach_add_([member.state["step"] for member, _ in compiled], 1)
-        for member, gradient in compiled:
-            _step_compiled(member, gradient, group, divisor)
+        for (step, _), alike in compiled.items():
+            _step_compiled(alike, step + 1, group, divisor)
     if others:
         step_reference([m for m, _ in others], [gradient for _, gradient in others], group, scale, found_inf)
 
@@ -60,22 +63,32 @@ def _compiles(member: Member, gradient: Tensor, group: Group) -> bool:
     )
 
 
-def _step_compiled(member: Member, gradient: Tensor, group: Group, divisor: float) -> None:
-    """One step of one parameter by ``talos_fast::masked_adam_``."""
-    p, selection, state = member
-    assert selection is not None
+def _step_compiled(pairs: Sequence[tuple[Member, Tensor]], step: float, group: Group, divisor: float) -> None:
+    """Step number ``step`` of parameters of one dtype by ``talos_fast::masked_adam_``."""
+    ordered = [_in_memory_order(member, gradient) for member, gradient in pairs]
+    states = [member.state for member, _ in pairs]
+    selections = [member.selection for member, _ in pairs if member.selection is not None]
+    torch._foreach_add_([s["step"] for s in states], 1)
     beta1, beta2 = map(float, group["betas"])
-    # Views cost as much as the rest of the host's work, and most parameters lie in C order anyway.
-    if not p.is_contiguous():
-        gradient = gradient.permute(selection.order) if gradient.shape == p.shape else gradient
-        p = p.permute(selection.order)
     torch.ops.talos_fast.masked_adam_(
-        p, gradient.contiguous(),
-        state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
-        state.get("master"), selection.work, selection.index,
+        [p for p, _ in ordered], [gradient for _, gradient in ordered],
+        [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
+        [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+        [s["master"] for s in states if "master" in s],
+        [selection.work for selection in selections], [selection.index for selection in selections],
         beta1=beta1, beta2=beta2, eps=group["eps"], grad_scale=divisor, maximize=group["maximize"],
-        **corrections(state["step"].item(), group["lr"], beta1, beta2, group["weight_decay"]),
+        **corrections(step, group["lr"], beta1, beta2, group["weight_decay"]),
     )  # fmt: skip
+
+
+def _in_memory_order(member: Member, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameter and gradient, both contiguous. Most are as they come, and a view costs as much as all else here."""
+    p, selection, _ = member
+    if selection is None or p.is_contiguous():
+        return p, gradient.contiguous()
+    if gradient.shape == p.shape:
+        gradient = gradient.permute(selection.order)
+    return p.permute(selection.order), gradient.contiguous()
 
 
 def step_reference(
