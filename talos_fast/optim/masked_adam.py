@@ -17,7 +17,7 @@ from talos_fast.optim import state_dict as saving
 from talos_fast.optim.gradients import MaskedGradients
 from talos_fast.optim.launches import Launches
 from talos_fast.optim.masks import Masks, bool_mask, pack, selections_of, unpack
-from talos_fast.optim.plan import Selection, select
+from talos_fast.optim.plan import select
 from talos_fast.optim.state import Member, reselected, start
 from talos_fast.optim.stepping import step_others
 
