@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, judge_logits, logits_facts, logits_of, to_device
 from talos_fast.methods import Setup
+from talos_fast.optim import MaskedAdam
 from talos_fast.watch import Watch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -87,12 +88,17 @@ class Step:
 
     def backward(self, batch: Batch, where: str) -> None:
         """Adds the gradients of one batch."""
-        loss = self.forward_loss(batch, where)
-        (loss / self._accumulate if self._accumulate > 1 else loss).backward()
+        with self._setup.around():
+            loss = self.forward_loss(batch, where)
+            (loss / self._accumulate if self._accumulate > 1 else loss).backward()
 
     def clip(self, where: str, then: Callable[[], None] | None = None) -> None:
         """Brings the norm of all gradients below the limit; ``then`` is called when the step is known to be good."""
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        optimizer = self._setup.optimizer
+        if isinstance(optimizer, MaskedAdam):
+            norm = optimizer.clip_grad_norm_(self._clip, entries="selected")
+        else:
+            norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
 
         def judge(found: list[float]) -> None:
             if not math.isfinite(found[0]):

@@ -1,6 +1,7 @@
 """What a method is: it says what trains, with which optimizer, through which forward, and what vector comes of it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,7 @@ class Setup:
         export: after training, the change of the model's parameters; leaves the trained model in the model's
             parameters.
         mask: which entries of the parameters move, if not all do.
+        around: gives a context to enter around each forward and backward.
         info: provenance (JSON); ``linearized`` says that the vector is evaluated on the linearized model.
     """
 
@@ -75,6 +77,7 @@ class Setup:
     forward: Forward
     export: Callable[[], Deltas]
     mask: Mask | None = None
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
     info: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -11,6 +11,9 @@ from talos_fast.optim import MaskedAdam
 def masked(request: Request, mask: Mask, info: dict[str, Any] | None = None) -> Setup:
     """Trains what the mask selects with MaskedAdam; every other entry stays bit-identical.
 
+    Gradients of linear layers are computed for rows with selected entries only, and kept for selected entries only. So
+    what is clipped is their norm: the released code's, over whole tensors, also counts entries that never move.
+
     Raises:
         TalosError: a mask of another model, or one that selects nothing.
     """
@@ -24,6 +27,8 @@ def masked(request: Request, mask: Mask, info: dict[str, Any] | None = None) -> 
         list(trained.items()), lr=request.lr, weight_decay=request.weight_decay,
         masks={name: mask[name] for name in names}, fused=True,
     )  # fmt: skip
+    optimizer.compact_gradients()
     return Setup(
-        trained, optimizer, request.forward, lambda: differences(origin, trained), mask=mask, info=info or {}
+        trained, optimizer, request.forward, lambda: differences(origin, trained), mask=mask,
+        around=optimizer.selected_rows, info=info or {},
     )  # fmt: skip
