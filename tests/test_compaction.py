@@ -40,11 +40,11 @@ def masks(net: Net) -> dict[str, torch.Tensor]:
     return chosen
 
 
-def pair(norm="selected", dtype=torch.float32, **kwargs):
+def pair(norm="selected", dtype=torch.float32, accumulate=1, **kwargs):
     """A net whose optimizer compacts, and its twin whose optimizer does not."""
     nets = Net(dtype), Net(dtype)
     optimizers = [MaskedAdam(net.named_parameters(), lr=0.05, masks=masks(net), **kwargs) for net in nets]
-    optimizers[0].compact_gradients(norm=norm)
+    optimizers[0].compact_gradients(norm=norm, accumulate=accumulate)
     return nets, optimizers
 
 
@@ -93,10 +93,11 @@ def test_training_is_the_same(entries, set_to_none, fused):
     assert_same(nets)
 
 
+@pytest.mark.parametrize("entries", ["all", "selected"])
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_accumulation_clipping_and_a_grad_scaler_together(fused, unscale):
-    nets, optimizers = pair(fused=fused)
+def test_accumulation_clipping_and_a_grad_scaler_together(fused, unscale, entries):
+    nets, optimizers = pair(norm=entries, accumulate=3, fused=fused)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in nets]
     for step in range(4):
         for net, optimizer, scaler in zip(nets, optimizers, scalers, strict=True):
@@ -106,7 +107,7 @@ def test_accumulation_clipping_and_a_grad_scaler_together(fused, unscale):
             if unscale:
                 scaler.unscale_(optimizer)
             if unscale or fused:
-                optimizer.clip_grad_norm_(0.05, "selected")
+                optimizer.clip_grad_norm_(0.05, entries)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

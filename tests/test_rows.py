@@ -1,5 +1,7 @@
 """Selected rows against plain autograd in float64: any module class, eager and compiled; and the work that is saved."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,12 +130,16 @@ def test_under_gradient_checkpointing(how, reentrant):
     assert_equal(gradients(ours, run, X.clone(), how), gradients(theirs, theirs, X, "plain"))
 
 
-def test_checkpointing_with_the_backward_outside_is_refused_by_torch():
+@pytest.mark.parametrize("inside", ["forward", "backward"])
+def test_checkpointing_half_inside_is_refused_by_torch(inside):
     model = Attention()
     optimizer = MaskedAdam(model.named_parameters(), masks=masks(model))
-    with optimizer.selected_rows():
+    contexts = [optimizer.selected_rows(), nullcontext()]
+    if inside == "backward":
+        contexts.reverse()
+    with contexts[0]:
         loss = checkpoint(model, X, use_reentrant=False).sum()
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+    with contexts[1], pytest.raises(torch.utils.checkpoint.CheckpointError):
         loss.backward()
 
 

@@ -1,5 +1,7 @@
 """Training the entries of a mask: what TaLoS and LoTA share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from talos_fast.errors import TalosError
@@ -27,8 +29,20 @@ def masked(request: Request, mask: Mask, info: dict[str, Any] | None = None) -> 
         list(trained.items()), lr=request.lr, weight_decay=request.weight_decay,
         masks={name: mask[name] for name in names}, fused=True,
     )  # fmt: skip
-    optimizer.compact_gradients()
+    compaction = optimizer.compact_gradients()
+    compaction.active = False
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        # Only within: the parameters are the user's, and others may differentiate by them too.
+        compaction.active = True
+        try:
+            with optimizer.selected_rows():
+                yield
+        finally:
+            compaction.active = False
+
     return Setup(
         trained, optimizer, request.forward, lambda: differences(origin, trained), mask=mask,
-        around=optimizer.selected_rows, info=info or {},
+        around=around, info=info or {},
     )  # fmt: skip

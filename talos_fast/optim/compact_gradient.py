@@ -103,7 +103,7 @@ class CompactGradient(Tensor):
             # |a + b|² needs the product of a and b, and the unselected entries of a are gone.
             raise TalosError(
                 f"{where} is the sum of {self.passes} backward passes, whose norm over all entries is not known; "
-                "clip with entries='selected', or accumulate without compact_gradients"
+                "clip with entries='selected', or say compact_gradients(norm='all', accumulate=…)"
             )
         return self.whole_norm
 

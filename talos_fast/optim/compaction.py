@@ -1,6 +1,7 @@
 """Gradient compaction: hooks that keep of each gradient, as soon as it is complete, its selected entries only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,14 +24,19 @@ class Compaction:
     Args:
         selections: the masked parameters, and which of their entries are kept.
         norm: "all" also keeps the norm of each whole gradient, which costs one pass over it.
+        accumulate: under "all", how many backward passes add up to one gradient.
+
+    Attributes:
+        active: whether gradients are compacted; one may turn it off and on again between backward passes.
     """
 
-    def __init__(self, selections: Mapping[Tensor, Selection], norm: Entries) -> None:
-        self.norm = norm
+    def __init__(self, selections: Mapping[Tensor, Selection], norm: Entries, accumulate: int = 1) -> None:
+        self.norm, self.accumulate, self.active = norm, accumulate, True
+        self._passes: dict[Tensor, int] = {}
         self._handles: list[RemovableHandle] = []
         self.carriers: dict[Tensor, Tensor] = {}
         for p, selection in selections.items():
-            self._handles.append(p.register_post_accumulate_grad_hook(_keeper(selection, norm == "all")))
+            self._handles.append(p.register_post_accumulate_grad_hook(partial(self._keep, selection)))
             # Whole gradients that are never made have no norm.
             if norm == "selected" and selection.count:
                 self.carriers[p] = self._carrier(p, selection)
@@ -38,12 +44,11 @@ class Compaction:
     def _carrier(self, p: Tensor, selection: Selection) -> Tensor:
         wide = torch.promote_types(p.dtype, torch.float32)
         carrier = torch.zeros(1, dtype=wide, device=p.device).expand(selection.count).requires_grad_()
-        keep = _keeper(selection, keep_norm=False)
 
         def deliver(carrier: Tensor) -> None:
             values, carrier.grad = carrier.grad, None
             assert values is not None
-            keep(p)
+            self._keep(selection, p)
             if isinstance(p.grad, CompactGradient):
                 p.grad.add_values(values)
             else:
@@ -52,19 +57,23 @@ class Compaction:
         self._handles.append(carrier.register_post_accumulate_grad_hook(deliver))
         return carrier
 
+    def _keep(self, selection: Selection, p: Tensor) -> None:
+        """The hook: of a gradient that is complete, the selected entries."""
+        if not self.active or p.grad is None or p.grad.is_sparse:  # the step refuses sparse ones, in torch's words
+            return
+        if isinstance(p.grad, CompactGradient):
+            p.grad.require(selection)
+        elif self.norm == "selected" or self._is_last_pass(p):
+            p.grad = CompactGradient.of(p, selection, p.grad, self.norm == "all")
+
+    def _is_last_pass(self, p: Tensor) -> bool:
+        # The norm of a sum needs all entries of every term, so they stay until the sum is complete.
+        self._passes[p] = (self._passes.get(p, 0) + 1) % self.accumulate
+        return self._passes[p] == 0
+
     def remove(self) -> None:
         """Takes the hooks away; gradients that are compact stay so until they are set to None."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.carriers.clear()
-
-
-def _keeper(selection: Selection, keep_norm: bool) -> Callable[[Tensor], None]:
-    def keep(p: Tensor) -> None:
-        if isinstance(p.grad, CompactGradient):
-            p.grad.require(selection)
-        elif p.grad is not None and not p.grad.is_sparse:  # the step refuses sparse ones, in torch's words
-            p.grad = CompactGradient.of(p, selection, p.grad, keep_norm)
-
-    return keep

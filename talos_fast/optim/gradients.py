@@ -60,7 +60,7 @@ class MaskedGradients(AdamW):
         """What the coming step divides unscaled gradients by, 0-d, at least 1; None where nothing is to be clipped."""
         return None if self._clip is None else self._clip.divisor(getattr(self, "grad_scale", None))
 
-    def compact_gradients(self, norm: Entries = "selected") -> Compaction:
+    def compact_gradients(self, norm: Entries = "selected", accumulate: int = 1) -> Compaction:
         """From now on keeps of each masked parameter's gradient, as soon as it is complete, its selected entries only.
 
         The backward pass then never holds two dense gradients: ``p.grad`` is a `CompactGradient`. Accumulation, either
@@ -70,17 +70,20 @@ class MaskedGradients(AdamW):
         which moves whole gradients.
 
         Args:
-            norm: "all" also keeps the norm of each whole gradient, for ``clip_grad_norm_(entries="all")``: right after
-                one backward pass; the norm of a sum of several would need the entries that are gone, and is refused.
+            norm: "all" also keeps the norm of each whole gradient, for ``clip_grad_norm_(entries="all")``.
+            accumulate: backward passes a step, which "all" has to know: the norm of a sum needs all entries of every
+                term, so gradients stay whole until the last pass. After more passes than that the norm is refused.
 
         Returns:
             A handle whose ``remove()`` ends it.
         """
         if norm not in ("all", "selected"):
             raise TalosError(f"norm={norm!r}: choose 'all' or 'selected'")
+        if accumulate < 1:
+            raise TalosError(f"accumulate={accumulate}: a step takes at least one backward pass")
         if self._compaction is not None:
             self._compaction.remove()
-        self._compaction, self._rows = Compaction(self._selections, norm), None
+        self._compaction, self._rows = Compaction(self._selections, norm, accumulate), None
         weakref.finalize(self, self._compaction.remove)
         return self._compaction
 
@@ -88,7 +91,7 @@ class MaskedGradients(AdamW):
         """After a change of masks: what was derived from them is made anew."""
         self._rows = None
         if self._compaction is not None:
-            self.compact_gradients(self._compaction.norm)
+            self.compact_gradients(self._compaction.norm, self._compaction.accumulate)
 
     def selected_rows(self) -> SelectedRows:
         """The context in which linear layers compute the gradients of rows with selected entries only.

@@ -78,10 +78,10 @@ def select_rows(parameter: Tensor, selection: Selection) -> Rows:
 class SelectedRows(TorchFunctionMode):
     """Within it, linear maps compute the weight and bias gradients of rows with selected entries only.
 
-    The others are zero, or absent once gradients are compacted. Enter it around forward and backward: gradient
-    checkpointing runs the forward again inside the backward. Values are those of plain autograd; under autocast too.
-    Not reduced: slices of a packed weight (cross-attention splits it), weights that are not 2-D and contiguous, and
-    any other use of a weight, whose gradient is added.
+    The others are zero, or absent once gradients are compacted. Values are those of plain autograd, under autocast too.
+    Enter it around forward and backward: gradient checkpointing runs the forward again inside the backward, and raises
+    if only one of the two is inside. Not reduced: slices of a packed weight (cross-attention splits it), weights that
+    are not 2-D and contiguous, and any other use of a weight, whose gradient is added.
 
     Args:
         selections: the masked parameters.
@@ -152,22 +152,29 @@ class _RowsLinear(torch.autograd.Function):
         bias_leaf: Tensor | None, rows: Rows, bias_rows: Rows | None,
     ) -> Tensor:  # fmt: skip
         cast = weight.to(input.dtype)
-        ctx.save_for_backward(input, cast if ctx.needs_input_grad[0] else None)
+        # Flat: torch takes a slow batched product where the weight needs no gradient and the input is transposed.
+        flat = input.reshape(-1, input.shape[-1])
+        # A shape that F.linear never saves: by its check of shapes checkpointing then refuses a forward that ran inside
+        # of the context and is run again outside, where else the two would be mixed up and be silently wrong.
+        mark = flat.new_empty(0, 0, 0)
+        ctx.save_for_backward(mark, flat, cast if ctx.needs_input_grad[0] else None)
+        ctx.shape = input.shape
         ctx.rows, ctx.bias_rows = rows, bias_rows
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(input, cast, None if bias is None else bias.to(input.dtype))
+        output = F.linear(flat, cast, None if bias is None else bias.to(input.dtype))
+        return output.view(*input.shape[:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        _, inputs, weight = ctx.saved_tensors
         of_input, of_weight, of_bias, of_weight_leaf, of_bias_leaf = ctx.needs_input_grad[:5]
         outs = grad.shape[-1]
         flat = grad.reshape(-1, outs)
-        for_input = (flat @ weight).view(input.shape) if of_input else None
+        for_input = (flat @ weight).view(ctx.shape) if of_input else None
         for_weight = for_bias = None
         if of_weight or of_weight_leaf:
-            product = ctx.rows.of(flat).t() @ input.reshape(-1, input.shape[-1])
+            product = ctx.rows.of(flat).t() @ inputs
             for_weight = ctx.rows.gradient(product, outs, ctx.dtypes[0], of_weight_leaf)
         if of_bias or of_bias_leaf:
             if ctx.bias_rows is None:
