@@ -67,14 +67,15 @@ class Placed(nn.Module):
         return self.out((h * (x[..., :1] == 9).to(h.dtype)).sum(1))
 
 
-def test_rows_that_fit_two_axes_are_looked_at_again(caplog):
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_rows_that_fit_two_axes_are_looked_at_again(repeats, caplog):
     """Sample n reads token n, so the rows with a gradient are a diagonal. In the next batch they are not."""
     model, batches = randomized(Placed()), []
     for places in ([0, 1, 2, 3], [2, 2, 0, 1]):
         x, y = data(4, 4, 5)
         x[range(4), places, 0] = 9
         batches.append((x, y))
-    assert_equal(scores(model, *batches), expected(model, *batches))
+    assert_equal(scores(model, *batches, samples_per_input=repeats), expected(model, *batches))
     assert not uncovered(caplog)
 
 
