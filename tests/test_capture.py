@@ -1,6 +1,7 @@
 """How capture finds uses and whose rows they hold, on networks made to mislead it; float64, against vmap(grad)."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from talos_fast import TalosError
 from talos_fast.sensitivity import ALIASING, RULES, PerSample, UncoveredError, maskable_parameters, rule, sensitivities
 from talos_fast.sensitivity.axis import Axis, codes, consistent, row_values
+from talos_fast.sensitivity.uses import add_squares
 
 
 def data(samples: int, *shape: int, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -65,14 +67,15 @@ class Placed(nn.Module):
         return self.out((h * (x[..., :1] == 9).to(h.dtype)).sum(1))
 
 
-def test_rows_that_fit_two_axes_are_looked_at_again(caplog):
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_rows_that_fit_two_axes_are_looked_at_again(repeats, caplog):
     """Sample n reads token n, so the rows with a gradient are a diagonal. In the next batch they are not."""
     model, batches = randomized(Placed()), []
     for places in ([0, 1, 2, 3], [2, 2, 0, 1]):
         x, y = data(4, 4, 5)
         x[range(4), places, 0] = 9
         batches.append((x, y))
-    assert_equal(scores(model, *batches), expected(model, *batches))
+    assert_equal(scores(model, *batches, samples_per_input=repeats), expected(model, *batches))
     assert not uncovered(caplog)
 
 
@@ -381,3 +384,32 @@ def test_sharded_parameters_are_refused_by_name():
 def logged(caplog):
     with caplog.at_level(logging.INFO, "talos_fast"):
         yield
+
+
+def test_captures_are_freed_layer_by_layer(monkeypatch):
+    """When the first layer is squared, last in the backward, the inputs of the later ones are gone."""
+    inputs, alive = [], []
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.out = nn.ModuleList([nn.Linear(5, 5) for _ in range(6)]), nn.Linear(5, 4)
+
+        def forward(self, x):
+            if len(x) == 4:
+                inputs.clear()
+            for layer in self.layers:
+                inputs.append(weakref.ref(x))
+                x = torch.tanh(layer(x))
+            return self.out(x)
+
+    def watched(uses, into, precision):
+        alive.append(sum(ref() is not None for ref in inputs))
+        add_squares(uses, into, precision)
+
+    monkeypatch.setattr("talos_fast.sensitivity.engine.add_squares", watched)
+    model, batch = randomized(Deep()), data(4, 5)
+    scores(model, batch, samples_per_input=2)
+    second = alive[len(alive) // 2 :]  # the last probe frees, the ones before it must not
+    assert alive[len(alive) // 2 - 1] == 6
+    assert second[0] == 6 and second[-1] <= 2 and second == sorted(second, reverse=True)

@@ -171,9 +171,10 @@ class Capture(TorchFunctionMode):
         if not logits.requires_grad:
             return
         with torch.autocast(logits.device.type, enabled=False):
-            if self.samples > 1 and any(call.known not in self.plan.axes for call in self._calls):
-                self._observe(logits, probes[0], codes(self.samples, generator))
             for n, coefficients in enumerate(probes):
+                # What one probe leaves open, the next has to look at again: its gradient may be in other rows.
+                if self.samples > 1 and any(call.known not in self.plan.axes for call in self._calls):
+                    self._observe(logits, coefficients, codes(self.samples, generator))
                 self._backward(logits, coefficients, last=n + 1 == len(probes))
 
     def _observe(self, logits: Tensor, coefficients: Tensor, code: Tensor) -> None:
