@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--variants", help="table: paper, eager, compiled; separated by commas")
     parser.addoption("--batch", type=int, help="inputs a batch; default: the paper's on a GPU, a small one on a CPU")
     parser.addoption("--amp", choices=("auto", "bf16", "off"), default="auto", help="bf16 autocast; auto: on a GPU")
+    parser.addoption("--device", choices=("cpu", "cuda"), help="step: where; default: cuda where there is one")
     parser.addoption("--rounds", type=int, help="measurements of each contender, interleaved")
     groups = "ours,peers,released,memory"
     parser.addoption("--groups", default=groups, help=f"calibration: which comparisons, of {groups}")

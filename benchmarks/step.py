@@ -1,101 +1,191 @@
 """The optimizer step: MaskedAdam against torch's AdamW on all parameters, and against a dense masked AdamW.
 
-All step the same parameters and gradients, interleaved in one process, so that a busy machine slows them alike.
+All step the same weights and gradients in one process. Each is interleaved with fused AdamW, so that a busy machine
+slows the two alike, and then dropped, so that a model needs the memory of two optimizers and not of all.
 """
 
-import json
-import platform
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from shapes import MODELS, random_mask, talos_mask
-from torch import Tensor
+from measure import machine
+from occupancy import occupancy
+from shapes import MASKS, MODELS, Masks
+from steppers import RIVALS, Stepper, clipping, eight, stepping
 
-import talos_fast
-from talos_fast import MaskedAdam, ops
+from talos_fast import ops
+from talos_fast.optim.plan import select
 from talos_fast.storage import write_json
 
-RESULTS = Path(__file__).parent / "results"
-OPTIONS = {"lr": 1e-5, "weight_decay": 0.1}
+BASELINE = "AdamW fused"
+WARMUP = 2
+DENSE = (BASELINE, "AdamW foreach", "AdamW for-loop")
+# What is timed, and what it is called after the baseline and after ours.
+KINDS = {"step": (stepping, "", ""), "loop": (clipping, ", unscale + clip + step", ", clip + step")}
 
 
-def dense_masked_step(parameters: dict[str, Tensor], masks: dict[str, Tensor]) -> Callable[[], None]:
-    """As in the paper's code: dense moments, step and decay times a dense 0/1 score, a loop over tensors."""
-    scores = {name: mask.float() for name, mask in masks.items()}
-    state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
-    count = 0
+class Bench:
+    """The steppers of one model on one device, made when they are measured."""
 
-    @torch.no_grad()
-    def step() -> None:
-        nonlocal count
-        count += 1
-        for name, p in parameters.items():
-            (m, v), score = state[name], scores[name]
-            p.sub_(p * score * (OPTIONS["lr"] * OPTIONS["weight_decay"]))
-            m.lerp_(p.grad, 0.1)
-            v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-            scale = v.sqrt() / (1 - 0.999**count) ** 0.5 + 1e-8
-            p.sub_(m / scale * score * (OPTIONS["lr"] / (1 - 0.9**count)))
+    def __init__(self, model: str, device: str, rounds: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.device, self.rounds = device, rounds
+        self.shapes = MODELS[model]
+        self.weights = {name: torch.randn(shape, generator=generator).mul_(0.02).to(device)
+                        for name, shape in self.shapes.items()}  # fmt: skip
+        self.gradients = {name: torch.randn(shape, generator=generator).mul_(1e-3).to(device)
+                          for name, shape in self.shapes.items()}  # fmt: skip
+        self.numel = sum(w.numel() for w in self.weights.values())
+        self.masks: Masks | None = None
+        self._baselines: dict[str, Stepper | None] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
 
-    return step
+    def make(self, rival: str, kind: str, small: bool = False) -> Stepper | None:
+        """A stepper, or None where the optimizer has no such operation."""
+        build, with_mask, _ = RIVALS[rival]
+        masks = self.masks if with_mask else None
+        arguments = eight(self.weights, masks) if small else (self.weights, self.gradients, masks)
+        return KINDS[kind][0](build(*arguments))
 
+    def compare(self, rival: str, kind: str, label: str) -> None:
+        """Adds the row ``label``: the rival beside the baseline of the same kind, or alone where memory is short."""
+        baseline = self.settle(rival, kind)
+        if self.needs(rival) > self.free() and rival != BASELINE:
+            self.rows[label] = {"missing": f"needs {self.needs(rival) / 2**30:.0f} GiB"}
+            return
+        stepper = baseline if rival == BASELINE else self.make(rival, kind)
+        if stepper is None:
+            return
+        pair = {label: stepper.run}
+        if baseline is not None and baseline is not stepper:
+            pair[BASELINE] = baseline.run
+        times = self.interleave(pair)
+        self.rows[label] = self.row(rival, times[label], times.get(BASELINE), kind) | {
+            "state_bytes": stepper.state_bytes(), "host_us": self.host(rival, kind),
+        }  # fmt: skip
 
-def contenders(parameters: dict[str, Tensor], generator: torch.Generator) -> dict[str, Callable[[], object]]:
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    talos, scattered = talos_mask(shapes, generator), random_mask(shapes, generator, 0.1)
-    named, every = list(parameters.items()), list(parameters.values())
-    return {
-        "AdamW fused, all parameters": torch.optim.AdamW(every, fused=True, **OPTIONS).step,
-        "AdamW foreach, all parameters": torch.optim.AdamW(every, foreach=True, **OPTIONS).step,
-        "AdamW for-loop, all parameters": torch.optim.AdamW(every, foreach=False, **OPTIONS).step,
-        "dense masked AdamW, TaLoS mask": dense_masked_step(parameters, talos),
-        "MaskedAdam, TaLoS mask": MaskedAdam(named, masks=talos, **OPTIONS).step,
-        "MaskedAdam, 10 % random": MaskedAdam(named, masks=scattered, **OPTIONS).step,
-    }
+    def needs(self, rival: str) -> int:
+        """Bytes that the rival takes at most beside weights and gradients."""
+        return 4 * self.numel * RIVALS[rival][2]
+
+    def settle(self, rival: str, kind: str) -> Stepper | None:
+        """The baseline of this kind, if it and the rival fit side by side; and no other."""
+        self._baselines = {k: b for k, b in self._baselines.items() if k == kind}
+        needed = 0 if rival == BASELINE else self.needs(rival)
+        if kind not in self._baselines and needed + self.needs(BASELINE) < self.free():
+            self._baselines[kind] = self.make(BASELINE, kind)
+        elif kind in self._baselines and needed > self.free():
+            self._baselines.clear()
+        return self._baselines.get(kind)
+
+    def free(self) -> float:
+        """Bytes that can still be allocated, with a tenth to spare."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            return 0.9 * torch.cuda.mem_get_info()[0]
+        about = Path("/proc/meminfo")
+        if not about.is_file():
+            return float("inf")
+        fields = dict(line.split(":") for line in about.read_text().splitlines())
+        return 0.9 * 1024 * int(fields["MemAvailable"].split()[0])
+
+    def interleave(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of each, one after the other in every round; on CUDA between events."""
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(WARMUP + self.rounds):
+            for name, run in contenders.items():
+                elapsed = self._seconds(run)
+                if turn >= WARMUP:
+                    seconds[name].append(elapsed)
+        return seconds
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        if self.device == "cpu":
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def row(self, rival: str, times: list[float], beside: list[float] | None, kind: str) -> dict[str, Any]:
+        """Figures of one stepper. Its ratio to the baseline is that of the medians; the spread is over the rounds."""
+        median = statistics.median(times)
+        row = {"median_ms": 1e3 * median, "min_ms": 1e3 * min(times), "max_ms": 1e3 * max(times)}
+        if beside is not None:
+            ratios = [a / b for a, b in zip(times, beside, strict=True)]
+            fused = statistics.median(beside)
+            return row | {
+                "of_fused": median / fused, "of_fused_min": min(ratios), "of_fused_max": max(ratios),
+                "fused_ms": 1e3 * fused, "interleaved": True,
+            }  # fmt: skip
+        fused_ms = row["median_ms"] if rival == BASELINE else self.rows[BASELINE + KINDS[kind][1]].get("median_ms")
+        ratio = None if fused_ms is None else row["median_ms"] / fused_ms
+        return row | {"of_fused": ratio, "fused_ms": fused_ms, "interleaved": rival == BASELINE}
+
+    def host(self, rival: str, kind: str) -> float:
+        """Microseconds of the host: a step of as many tensors of 8 elements."""
+        stepper = self.make(rival, kind, small=True)
+        assert stepper is not None
+        turns = []
+        for _ in range(30):
+            start = time.perf_counter()
+            stepper.run()
+            turns.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(turns[10:])
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_step(model: str, request: pytest.FixtureRequest) -> None:
-    if model not in request.config.getoption("--models").split(","):
-        pytest.skip(f"not among --models {request.config.getoption('--models')}")
-    generator = torch.Generator().manual_seed(0)
-    parameters = {name: torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
-                  for name, shape in MODELS[model].items()}  # fmt: skip
-    for p in parameters.values():
-        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
-    steps = contenders(parameters, generator)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(2 + request.config.getoption("--rounds")):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    report(model, sum(p.numel() for p in parameters.values()), seconds)
+    option = request.config.option
+    if model not in option.models.split(","):
+        pytest.skip(f"not among --models {option.models}")
+    bench = Bench(model, option.device or ("cuda" if torch.cuda.is_available() else "cpu"), option.rounds)
+    for rival in DENSE:
+        bench.compare(rival, "step", rival)
+    bench.compare(BASELINE, "loop", BASELINE + KINDS["loop"][1])
+    occupancies = {}
+    for name, make in MASKS.items():
+        bench.masks = make(bench.shapes, torch.Generator().manual_seed(1))
+        occupancies[name] = occupancy(bench.masks, {n: select(m, bench.weights[n]) for n, m in bench.masks.items()})
+        for kind, (_, _, called) in KINDS.items():
+            bench.compare("MaskedAdam", kind, f"MaskedAdam, {name}{called}")
+        if name == "TaLoS mask":
+            bench.compare("dense masked AdamW", "step", f"dense masked AdamW, {name}")
+    report(model, bench, occupancies, option.results)
 
 
-def report(model: str, numel: int, seconds: dict[str, list[float]]) -> None:
-    """Prints the table and writes it to results/, with the machine."""
-    fused = statistics.median(seconds["AdamW fused, all parameters"])
-    rows = {
-        name: {"median_ms": 1e3 * statistics.median(times), "min_ms": 1e3 * min(times), "max_ms": 1e3 * max(times),
-               "of_fused": statistics.median(times) / fused}
-        for name, times in seconds.items()
-    }  # fmt: skip
-    print(f"\n{model}: {numel:,} parameters, {torch.get_num_threads()} threads, backend {ops.backend('cpu')}")
-    for name, row in rows.items():
-        spread = f"{row['min_ms']:8.1f} … {row['max_ms']:8.1f}"
-        print(f"  {name:32s} {row['median_ms']:8.1f} ms ({spread})   {row['of_fused']:6.3f} of fused")
+def report(model: str, bench: Bench, masks: dict[str, dict[str, float]], folder: Path) -> None:
+    """Prints the table and writes it to the folder, with the machine."""
     content = {
-        "benchmark": "step", "model": model, "parameters": numel, "device": "cpu", "rows": rows,
-        "rounds": len(next(iter(seconds.values()))), "threads": torch.get_num_threads(),
-        "machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__, "talos_fast": talos_fast.__version__, "date": time.strftime("%Y-%m-%d"),
+        "benchmark": "step", "model": model, "parameters": bench.numel, "tensors": len(bench.shapes),
+        "rows": bench.rows, "masks": masks, "rounds": bench.rounds, "threads": torch.get_num_threads(),
+        "backend": ops.backend(bench.device), **machine(bench.device),
     }  # fmt: skip
-    assert json.dumps(content)
-    if model != "smoke":
-        write_json(RESULTS / f"step_{model}_cpu.json", content)
+    print(f"\n{model}: {bench.numel:,} parameters in {len(bench.shapes)} tensors, {content['processor']}, "
+          f"{content['threads']} threads")  # fmt: skip
+    for name, row in bench.rows.items():
+        if "missing" in row:
+            print(f"  {name:48s} not measured: {row['missing']}")
+            continue
+        spread = f"{row['min_ms']:8.1f} … {row['max_ms']:8.1f}"
+        ratio = "   —  " if row["of_fused"] is None else f"{row['of_fused']:6.3f}"
+        print(f"  {name:48s} {row['median_ms']:8.1f} ms ({spread}) {ratio} of fused{'' if row['interleaved'] else '*'} "
+              f"{row['state_bytes'] / 1e6:9.1f} MB  host {row['host_us']:6.0f} µs")  # fmt: skip
+    print("  * not interleaved with fused")
+    for name, found in masks.items():
+        print(f"  {name:16s} {found['density']:.3f} selected; sectors {found['sectors_32']:.2f}, lines "
+              f"{found['lines_64']:.2f}; floors {found['floor_32']:.3f}, {found['floor_64']:.3f}, of reads "
+              f"{found['read_floor_64']:.3f}")  # fmt: skip
+    if not model.startswith("smoke"):
+        write_json(folder / f"step_{model}_{bench.device}.json", content)

@@ -34,16 +34,19 @@ template <typename T, typename A>
 void run(const std::vector<AdamTensor<T, A>>& tensors, const Tensors& work, const AdamScalars<A>& scalars) {
   static const auto update = choose_update<T, A>();
   std::vector<Chunk> chunks;
+  int64_t rows = 0;
   for (size_t t = 0; t < work.size(); ++t) {
+    rows += work[t].size(0);
     for (int64_t begin = 0; begin < work[t].size(0); begin += kGrain) {
       chunks.push_back({static_cast<int64_t>(t), begin, tile_extent(begin, work[t].size(0), kGrain)});
     }
   }
   std::atomic<size_t> next{0};
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, tile_count(rows, kGrain), 1, [&](int64_t, int64_t) {
     for (size_t c = next++; c < chunks.size(); c = next++) {
-      const Row* const rows = reinterpret_cast<const Row*>(work[chunks[c].tensor].const_data_ptr<int64_t>());
-      update(tensors[chunks[c].tensor], rows + chunks[c].begin, chunks[c].count, scalars);
+      const Chunk& chunk = chunks[c];
+      const Row* const first = reinterpret_cast<const Row*>(work[chunk.tensor].const_data_ptr<int64_t>());
+      update(tensors[chunk.tensor], first + chunk.begin, chunk.count, scalars);
     }
   });
 }

@@ -38,12 +38,6 @@ def test_bytes_an_entry():
     assert [cost(random_mask(size, d))[0] for d in (0.045, 0.055)] == ["offsets", "bits"]
 
 
-def test_state_of_vit_l_14_at_ten_percent():
-    # A tenth of 303,966,208 entries, counted on one weight's worth: two fp32 moments, the index and the work table.
-    selection = select(random_mask((4096, 1024), 0.1), torch.empty(4096, 1024))
-    assert 303_966_208 * 0.1 * (8 + selection.nbytes / selection.count) < 0.30e9
-
-
 def test_an_empty_third_costs_nothing():
     mask = random_mask((3 * 64, 1024), 0.6)
     mask[128:] = False

@@ -1,0 +1,39 @@
+"""How much memory a mask makes a step touch, and the share of a dense step that this is at least."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from talos_fast.optim.plan import Selection
+
+DENSE_BYTES = 28  # an element of fp32: p, g, m, v read, p, m, v written
+DENSE_READ = 16
+
+
+def touched(mask: Tensor, elements: int) -> int:
+    """Elements in aligned groups of ``elements`` neighbours of which one is selected at least."""
+    flat = mask.reshape(-1)
+    groups = F.pad(flat, (0, -len(flat) % elements)).view(-1, elements).any(1)
+    return int(groups.sum()) * elements
+
+
+def occupancy(masks: Mapping[str, Tensor], selections: Mapping[str, Selection]) -> dict[str, float]:
+    """Of fp32 weights: the share of 32-byte sectors and 64-byte lines with a selected entry, and what they imply.
+
+    Floors are counted bytes over those of fused AdamW on all parameters: p read and written and g read where a sector
+    (or line) has a selected entry, both moments read and written for every entry, and the index read. ``read_floor`` is
+    the same of what is read, for machines that reads limit.
+    """
+    numel, entries = sum(m.numel() for m in masks.values()), sum(s.count for s in selections.values())
+    index = sum(s.nbytes for s in selections.values() if s.count)
+    sectors = sum(touched(mask, 8) for mask in masks.values())
+    lines = sum(touched(mask, 16) for mask in masks.values())
+    moments = 16 * entries + index
+    return {
+        "selected": entries, "density": entries / numel, "index_bytes": index,
+        "sectors_32": sectors / numel, "lines_64": lines / numel,
+        "floor_32": (12 * sectors + moments) / (DENSE_BYTES * numel),
+        "floor_64": (12 * lines + moments) / (DENSE_BYTES * numel),
+        "read_floor_64": (8 * lines + 8 * entries + index) / (DENSE_READ * numel),
+    }  # fmt: skip
