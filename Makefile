@@ -28,9 +28,9 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ --benchmark
 
-# On a machine with a GPU, with the Python that is there: see the script.
+# On a machine with a GPU, with the Python that is there: see the script. PARTS="build table" runs some of it.
 gpu:
-	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(PARTS)
 
 package-check: $(VENV)/.test
 	PYTHON=$(BIN)/python bash .ci/package_check.sh

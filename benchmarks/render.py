@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from show import ORDER, SHOWN, Cell, cells, heading, measured, rows_of
+from show import ORDER, SHOWN, VARIANTS, Cell, cells, heading, measured, rows_of
 
 from talos_fast.storage import atomic
 
@@ -21,25 +21,31 @@ def load(folder: Path) -> list[dict[str, Any]]:
     """The measured tables, GPUs first, in the order of the paper."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("table_*.json"))]
     known = [content for content in found if any("missing" not in row for row in content["rows"])]
-    return sorted(known, key=lambda c: (c["device"] != "cuda", (*MODELS, c["model"]).index(c["model"])))
+    return sorted(known, key=lambda c: (c["device"] != "cuda", (*MODELS, c["model"]).index(c["model"]), c["model"]))
 
 
 def markdown(contents: list[dict[str, Any]]) -> str:
-    """One table a model and machine."""
-    return "\n".join(line for content in contents for line in _table(content))
+    """One table a model, machine and variant; what nobody has measured is named."""
+    lines = [line for content in contents for line in _table(content)]
+    missing = [model for model in MODELS if model not in {content["model"] for content in contents}]
+    if missing:
+        lines += [f"Not measured: {', '.join(missing)}.", ""]
+    return "\n".join(lines)
 
 
 def _table(content: dict[str, Any]) -> Iterator[str]:
     peak = "peak" if content["device"] == "cuda" else "peak above the model"
     names = ("method", *SHOWN[:-1], peak)
-    for variant, meaning in content["variants"].items():
-        rows = [row for row in rows_of(content) if row["variant"] == variant]
+    for variant in VARIANTS:
+        rows = {row["method"]: row for row in rows_of(content) if row["variant"] == variant}
         if rows:
-            yield f"**{heading(content)}**, {meaning}; batch {content.get('batch', '')}"
+            yield f"**{heading(content)}**; {variant}: {content['variants'][variant]}"
             yield ""
             yield _row(names)
             yield _row(["---"] * len(names))
-            yield from (_row([row["method"], *_figures(content, row)]) for row in rows)
+            for method in dict.fromkeys((*ORDER, *rows)):
+                row = rows.get(method)
+                yield _row([method, *(["not measured"] * len(SHOWN) if row is None else _figures(content, row))])
             yield ""
 
 
@@ -67,7 +73,8 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(contents), 4.2), layout="constrained")
-    colours = {method: f"C{number}" for number, method in enumerate(ORDER)}
+    methods = list(dict.fromkeys((*ORDER, *(row["method"] for content in contents for row in content["rows"]))))
+    colours = {method: f"C{number}" for number, method in enumerate(methods)}
     for axis, content in zip(figure.subplots(1, len(contents), squeeze=False)[0], contents, strict=True):
         for row in rows_of(content):
             found = {} if "missing" in row else cells(content, row)

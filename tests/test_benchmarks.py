@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_rendering(measured):
     table = (folder / "table.md").read_text()
     assert "| talos |" in table and "×1.00" in table
     assert (folder / "efficiency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_table_is_what_was_measured(tmp_path):
+    results = ROOT / "benchmarks" / "results"
+    for path in results.glob("table_*.json"):
+        shutil.copy(path, tmp_path)
+    done = program("benchmarks/render.py", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "table.md").read_text() == (results / "table.md").read_text()
 
 
 def test_rendering_nothing_is_an_error(tmp_path):
