@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from talos_fast.sensitivity import sensitivities
+
 TOLERANCE = 1e-10
 
 
@@ -73,3 +75,14 @@ def uncovered(caplog) -> list[str]:
     """The names for which no rule was found, from the log."""
     lines = [record.getMessage() for record in caplog.records if "no batched rule" in record.getMessage()]
     return [name for line in lines for name in line.split("for ")[1].split(" (")[0].split(", ")]
+
+
+def data(samples: int, *shape: int, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random inputs in float64 and random labels."""
+    return torch.randn(samples, *shape).double(), torch.randint(0, classes, (samples,))
+
+
+def scores(model, *batches, **options):
+    """Ours, of every parameter, for the labels' logits."""
+    labels = [batch[1] for batch in batches]
+    return sensitivities(model, batches, estimator="sampled-logit", labels=labels, include=["*"], **options)

@@ -83,13 +83,15 @@ def sensitivities(
     )  # fmt: skip
     ledger: Ledger = {}
 
-    def fresh() -> Ledger:
-        ledger.update(scorer.ledger(dtype, scores_device))
+    def only(_: int) -> Ledger:
+        # Made when it is first asked for: the model has been examined by then, which takes as much memory again.
+        if not ledger:
+            ledger.update(scorer.ledger(dtype, scores_device))
         return ledger
 
     ranks = Ranks()
-    scorer.score(batches, lambda _: ledger or fresh(), seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
-    return {name: accumulator.values for name, accumulator in ranks.summed(ledger or fresh()).items()}
+    scorer.score(batches, only, seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
+    return {name: accumulator.values for name, accumulator in ranks.summed(only(0)).items()}
 
 
 def progress_bar(progress: bool, ranks: Ranks, label: str = "sensitivity") -> Callable[[Batches], Iterable[Batch]]:
