@@ -109,6 +109,7 @@ def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, accumulate, own
         generator = torch.Generator().manual_seed(7) if own_generator else None
         return DataLoader(batches.dataset, batch_size=25, shuffle=True, generator=generator)
 
+    handler = signal.getsignal(signal.SIGINT)
     mask = calibrate(net, loader(), density=0.5, progress=False)
     options = {"mask": mask, "lr": 1e-2, "steps": 20, "accumulate": accumulate, "progress": False}
     whole = copy.deepcopy(net)
@@ -122,7 +123,7 @@ def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, accumulate, own
     again = finetune(resumed, data(), checkpoint_dir=tmp_path, **options)
     assert equal(state(resumed), state(whole))
     assert (vector - again).norm() == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     finished = copy.deepcopy(net)
     finetune(finished, data(), checkpoint_dir=tmp_path, **options)
     assert equal(state(finished), state(whole))

@@ -17,6 +17,7 @@ from talos_fast.cli.profile import app as profile_app
 from talos_fast.evaluate import evaluate_along
 from talos_fast.methods import METHODS
 from talos_fast.sensitivity.estimators import Estimator
+from talos_fast.sensitivity.uses import Precision
 from talos_fast.step import Amp
 from talos_fast.train import Schedule
 
@@ -60,6 +61,11 @@ def calibrate(
     samples_per_input: Annotated[int, typer.Option(help="Probes an input.")] = 1,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; repeatable.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the products of inputs and gradients.")] = "full",
+    scores_device: Annotated[str | None, typer.Option(help="Where scores are kept; default: --device.")] = None,
+    stability: Annotated[bool, typer.Option(help="Report how alike the masks of two halves are.")] = True,
+    checkpoint_dir: Annotated[Path | None, typer.Option(help="Keep finished rounds here, to go on from.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from a checkpoint that is there.")] = True,
     samples: Annotated[int, typer.Option(help="Training inputs to score on, a round.")] = 512,
     batch_size: o.BatchSize = 32,
     seed: o.Seed = 0,
@@ -76,7 +82,8 @@ def calibrate(
     mask = talos.calibrate(
         classifier, backbone.batches(task.train, batch_size=batch_size, seed=seed, limit=samples),
         density=density, sparsity=sparsity, estimator=estimator, rounds=rounds, damage=damage,
-        samples_per_input=samples_per_input, include=include, exclude=exclude, seed=seed, progress=not quiet,
+        samples_per_input=samples_per_input, include=include, exclude=exclude, precision=precision, scores_device=scores_device,
+        stability=stability, checkpoint_dir=checkpoint_dir, resume=resume, seed=seed, progress=not quiet,
     )  # fmt: skip
     mask.info |= {"model": model, "pretrained": pretrained, "task": task.name, "samples": min(samples, len(task.train))}
     mask.save(out)
