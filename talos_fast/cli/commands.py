@@ -82,8 +82,9 @@ def calibrate(
     mask = talos.calibrate(
         classifier, backbone.batches(task.train, batch_size=batch_size, seed=seed, limit=samples),
         density=density, sparsity=sparsity, estimator=estimator, rounds=rounds, damage=damage,
-        samples_per_input=samples_per_input, include=include, exclude=exclude, precision=precision, scores_device=scores_device,
-        stability=stability, checkpoint_dir=checkpoint_dir, resume=resume, seed=seed, progress=not quiet,
+        samples_per_input=samples_per_input, include=include, exclude=exclude, precision=precision,
+        scores_device=scores_device, stability=stability, checkpoint_dir=checkpoint_dir, resume=resume, seed=seed,
+        progress=not quiet,
     )  # fmt: skip
     mask.info |= {"model": model, "pretrained": pretrained, "task": task.name, "samples": min(samples, len(task.train))}
     mask.save(out)
