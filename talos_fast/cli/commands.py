@@ -1,4 +1,4 @@
-"""``talos-fast calibrate | finetune | merge | evaluate | inspect | demo``: the functions, same names and defaults."""
+"""``talos-fast calibrate | finetune | merge | evaluate | inspect | suite | demo``: the functions, by their names."""
 
 import shutil
 import sys
@@ -13,6 +13,7 @@ from talos_fast.calibrate import restored
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
+from talos_fast.cli.suite import app as suite_app
 from talos_fast.evaluate import evaluate_along
 from talos_fast.methods import METHODS
 from talos_fast.sensitivity.estimators import Estimator
@@ -21,6 +22,7 @@ from talos_fast.train import Amp, Schedule
 app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(edit_app)
 app.add_typer(inspect_app)
+app.add_typer(suite_app)
 
 
 def main() -> None:
