@@ -140,8 +140,8 @@ def run(monkeypatch, capfd, line: str) -> tuple[int, str, str]:
     return int(stop.value.code or 0), captured.out, captured.err
 
 
-COMMAND = "suite --model tiny --tasks a b --control c --methods nonlinear,talos --lr 1e-3 --lr talos=1e-2 --steps 25"
-COMMAND += " --batch-size 6 --samples 8 -q --out "
+COMMAND = "suite --model tiny --tasks a b --control c --methods talos,nonlinear --lr 1e-3 --lr talos=1e-2 --steps 8"
+COMMAND += " --batch-size 6 --samples 8 --limit 4 --test-limit 4 -q --out "
 
 
 def test_killed_and_resumed_on_the_command_line(place, monkeypatch, capfd):
