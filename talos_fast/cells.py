@@ -12,6 +12,7 @@ from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
 
 IDENTITY = "plan.json"
+CHECKPOINT = "checkpoint"
 
 
 class Cells:
@@ -22,13 +23,16 @@ class Cells:
     Args:
         folder: made if it is not there; None keeps everything in memory.
         identity: what is computed (JSON); kept in the folder.
+        checkpoints: whether a part that takes long may keep its own state in the folder until it is finished.
 
     Raises:
         TalosError: the folder holds parts of another computation, or cannot be written.
     """
 
-    def __init__(self, folder: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path | None = None, identity: Mapping[str, Any] | None = None, checkpoints: bool = False
+    ) -> None:
+        self._folder, self._checkpoints = folder, checkpoints
         self._memory: dict[str, Any] = {}
         if folder is None:
             return
@@ -63,12 +67,17 @@ class Cells:
 
         def save(path: Path, vector: TaskVector) -> None:
             vector.save_pretrained(path.parent)
+            shutil.rmtree(path.parent / CHECKPOINT, ignore_errors=True)
 
         def load(path: Path) -> TaskVector:
             return TaskVector.from_pretrained(path.parent)
 
         found: TaskVector = self._get(make, _vector_file(name), save, load)
         return found
+
+    def checkpoint(self, name: str) -> Path | None:
+        """Where the making of a vector keeps its state; gone once the vector is there. None: nowhere."""
+        return self._folder / name / CHECKPOINT if self._folder is not None and self._checkpoints else None
 
     def drop(self, name: str) -> None:
         """Forgets a vector that is not needed any more."""

@@ -1,7 +1,7 @@
 """A study as a table for the terminal, as Markdown, and as JSON."""
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ from talos_fast.study import MethodResult, StudyResult
 COLUMNS_MEANING = (
     "single: each task with its own vector; added, norm.: all vectors added with α, absolute and over single; "
     "target, control: one vector subtracted, accuracy on its task (lower is better) and on the control task; "
-    "s/task: calibration and training; kB: a vector's file"
+    "s/task: calibration and training; kB: a vector's file; an empty cell was not measured"
 )
 COLUMNS = ("method", "lr", "single", "added", "norm.", "α", "target", "control", "s/task", "kB")
 
@@ -23,14 +23,19 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _mean_percent(values: Mapping[str, float]) -> str:
+    return _percent(_mean(values.values()) if values else None)
 
 
 def rows(result: StudyResult) -> list[tuple[str, ...]]:
     """One row a method under `COLUMNS`, zero-shot first; accuracies are means over tasks, in percent."""
-    zero = _percent(_mean(result.zero_shot.values()))
-    table = [("zero-shot", "", zero, zero, "", "", zero, _percent(result.zero_shot_control), "", "")]
+    zero, control = _mean_percent(result.zero_shot), result.zero_shot_control
+    target = "" if control is None else zero
+    table = [("zero-shot", "", zero, zero, "", "", target, _percent(control), "", "")]
     return table + [_row(method) for method in result.methods]
 
 
@@ -44,8 +49,8 @@ def _row(result: MethodResult) -> tuple[str, ...]:
         _percent(_mean(result.added.values())),
         _percent(_mean(result.normalized().values())),
         f"{result.addition.alpha:g}",
-        _percent(_mean(result.target.values())),
-        _percent(_mean(result.control.values())),
+        _mean_percent(result.target),
+        _mean_percent(result.control),
         f"{result.seconds / tasks:.1f}",
         f"{_mean(result.vector_bytes.values()) / 1e3:.0f}",
     )
@@ -62,7 +67,7 @@ def task_rows(result: StudyResult) -> list[tuple[str, ...]]:
     table = []
     for task, zero in result.zero_shot.items():
         cells = [
-            f"{_percent(m.single[task])} / {_percent(m.added[task])} / {_percent(m.target[task])}"
+            f"{_percent(m.single[task])} / {_percent(m.added[task])} / {_percent(m.target.get(task))}"
             for m in result.methods
         ]
         table.append((task, _percent(zero), *cells))

@@ -1,8 +1,8 @@
 """A study: every task fine-tuned by every method, added, and negated; what `talos-fast demo` runs."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from talos_fast.mask import Mask
 from talos_fast.merge import GRID, AlphaSearch, choose_alpha
 from talos_fast.merging import combine
 from talos_fast.models import Backbone, Classifier
+from talos_fast.study_plan import MethodResult as MethodResult
+from talos_fast.study_plan import Plan as Plan
+from talos_fast.study_plan import StudyResult as StudyResult
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Split, Task
 
@@ -37,105 +40,34 @@ def prepared(batches: DataLoader[Any]) -> Batches:
     return list(batches) if sum(sizes) * len(batches) <= PREPARED_BYTES else batches
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a study does.
-
-    Args:
-        learning_rates: method -> the rates it chooses from, ascending, by mean single-task validation accuracy; as
-            many for each.
-        extend: how many rates beyond an end of these a method may try, in the same proportion, while an end is best.
-        selection: the rate is chosen on the first tasks, this many; None: on all.
-        steps: of fine-tuning a task.
-        batch_size: of everything.
-        density: of the masks of TaLoS and LoTA.
-        samples: inputs to calibrate on.
-        calibration: further options of `calibrate`.
-        weight_decay: of fine-tuning.
-        limit: at most this many examples of a validation split.
-        test_limit: at most this many of a test split.
-        control_floor: fraction of the control accuracy that negation keeps.
-        seed: of everything.
-    """
-
-    learning_rates: dict[str, tuple[float, ...]]
-    steps: int
-    batch_size: int = 32
-    density: float = 0.1
-    samples: int = 256
-    calibration: dict[str, Any] = field(default_factory=dict)
-    weight_decay: float = 0.1
-    extend: int = 0
-    selection: int | None = None
-    limit: int | None = None
-    test_limit: int | None = None
-    control_floor: float = 0.95
-    seed: int = 0
-
-
-@dataclass
-class MethodResult:
-    """One method's row; accuracies on test data, in [0, 1], by task; seconds of calibration and training, all tasks."""
-
-    method: str
-    lr: float
-    validation_by_lr: dict[str, float]
-    single: dict[str, float] = field(default_factory=dict)
-    added: dict[str, float] = field(default_factory=dict)
-    addition: AlphaSearch | None = None
-    target: dict[str, float] = field(default_factory=dict)
-    control: dict[str, float] = field(default_factory=dict)
-    negation: dict[str, AlphaSearch] = field(default_factory=dict)
-    vector_bytes: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def normalized(self) -> dict[str, float]:
-        """Accuracy of the merged model over that of each task's own fine-tuned model."""
-        return {task: self.added[task] / value if value else 0.0 for task, value in self.single.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON."""
-        return {**asdict(self), "normalized": self.normalized()}
-
-
-@dataclass
-class StudyResult:
-    """What a study found; vectors and masks by method and task, accuracies on test data."""
-
-    plan: Plan
-    zero_shot: dict[str, float]
-    zero_shot_control: float
-    methods: list[MethodResult]
-    masks: dict[str, Mask]
-    vectors: dict[str, dict[str, TaskVector]]
-    calibration_seconds: float
-
-
 class Study:
     """Runs a `Plan` on the tasks of one pre-trained model; the model is left as it was.
 
     Args:
         backbone: the pre-trained model.
         tasks: to learn, add and forget.
-        control: what negation must not harm.
+        control: what negation must not harm; None leaves negation out.
         plan: see `Plan`.
         progress: bars on a terminal.
         cells: where finished parts are kept; by default in memory.
         stand_in: the control when the task being negated is the control itself.
+        recipes: task -> options of `finetune` that go before those of the plan; ``epochs`` takes the place of steps.
     """
 
     def __init__(
-        self, backbone: Backbone, tasks: Sequence[Task], control: Task, plan: Plan, progress: bool = True,
+        self, backbone: Backbone, tasks: Sequence[Task], control: Task | None, plan: Plan, progress: bool = True,
         cells: Cells | None = None, stand_in: Task | None = None,
+        recipes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         self._backbone, self._tasks, self._control, self._plan = backbone, list(tasks), control, plan
         self._progress, self._cells, self._stand_in = progress, cells or Cells(), stand_in
         # Before any fine-tuning: heads may be computed with the encoder.
-        everything = {task.name: task for task in [*tasks, control, *([stand_in] if stand_in else [])]}
+        self._recipes = recipes or {}
+        everything = {task.name: task for task in (*tasks, control, stand_in) if task is not None}
         self._classifiers: dict[str, Classifier] = {
             name: backbone.classifier(task) for name, task in everything.items()
         }
-        self._base = self._classifiers[control.name]
+        self._base = next(reversed(self._classifiers.values()))
         self._nothing = TaskVector.from_deltas({})
         self._validation: dict[str, Batches] = {}
 
@@ -150,12 +82,12 @@ class Study:
         seconds = sum(mask.info["seconds"] for mask in masks.values())
         return StudyResult(self._plan, zero_shot, control, rows, masks, vectors, seconds)
 
-    def zero_shot(self) -> tuple[dict[str, float], float]:
+    def zero_shot(self) -> tuple[dict[str, float], float | None]:
         """Test accuracies of the pre-trained model: on each task, and on the control."""
 
         def measure() -> dict[str, Any]:
             tasks = {task.name: self._test(task, self._nothing) for task in self._tasks}
-            return {"tasks": tasks, "control": self._test(self._control, self._nothing)}
+            return {"tasks": tasks, "control": self._control and self._test(self._control, self._nothing)}
 
         found = self._cells.value("zero_shot", measure)
         return found["tasks"], found["control"]
@@ -193,16 +125,44 @@ class Study:
 
     def edit(self, row: MethodResult, vectors: dict[str, TaskVector]) -> MethodResult:
         """Completes a row: tests every vector alone, adds all, and negates each."""
-        row.single = {task.name: self._test(task, vectors[task.name]) for task in self._tasks}
-        merged = combine(list(vectors.values()))
-        row.addition = self._search_addition(vectors, merged)
-        row.added = {task.name: self._test(task, merged, row.addition.alpha) for task in self._tasks}
-        for task in self._bar(self._tasks, f"{row.method}: negate"):
-            forget, control = -vectors[task.name], self._control_of(task)
-            found = row.negation[task.name] = self._search_negation(task, control, forget)
-            row.target[task.name] = self._test(task, forget, found.alpha)
-            row.control[task.name] = self._test(control, forget, found.alpha)
+
+        def alone() -> dict[str, float]:
+            return {task.name: self._test(task, vectors[task.name]) for task in self._tasks}
+
+        row.single = self._cells.value(f"{row.method}/single", alone)
+        self._add(row, vectors, combine(list(vectors.values())))
+        for task in self._bar(self._tasks if self._control else [], f"{row.method}: negate"):
+            negate = partial(self._negated, task, vectors[task.name])
+            found = self._cells.value(f"{row.method}/negation/{task.name}", negate)
+            row.negation[task.name] = AlphaSearch.from_json(found["search"])
+            row.target[task.name], row.control[task.name] = found["target"], found["control"]
         return row
+
+    def rival(self, merging: str, learned: str = "nonlinear") -> dict[str, Any]:
+        """A row of a post-hoc merging method (`talos_fast.merging`) on the vectors of a method; addition only."""
+
+        def make() -> dict[str, Any]:
+            row, vectors = self.learn(learned)
+            row.single, row.method = self.row(learned)["single"], f"{learned}+{merging}"
+            self._add(row, vectors, combine(list(vectors.values()), method=merging))
+            return row.to_json()
+
+        return self._cells.value(f"{learned}+{merging}/result", make)
+
+    def _add(self, row: MethodResult, vectors: dict[str, TaskVector], merged: TaskVector) -> None:
+        def make() -> dict[str, Any]:
+            search = self._search_addition(vectors, merged)
+            added = {task.name: self._test(task, merged, search.alpha) for task in self._tasks}
+            return {"search": search.to_json(), "added": added}
+
+        found = self._cells.value(f"{row.method}/addition", make)
+        row.addition, row.added = AlphaSearch.from_json(found["search"]), found["added"]
+
+    def _negated(self, task: Task, vector: TaskVector) -> dict[str, Any]:
+        forget, control = -vector, self._control_of(task)
+        search = self._search_negation(task, control, forget)
+        target, kept = (self._test(judge, forget, search.alpha) for judge in (task, control))
+        return {"search": search.to_json(), "target": target, "control": kept}
 
     def classifier(self, task: Task) -> Classifier:
         """The shared encoder with the head of a task."""
@@ -218,11 +178,6 @@ class Study:
             return torch.cat([default_forward(model, batch).argmax(-1).cpu() for batch in batches])
 
         return classes
-
-    @property
-    def model(self) -> Classifier:
-        """The pre-trained model, with the head of the control task."""
-        return self._base
 
     def batches(self, split: Split, *, limit: int | None = None) -> DataLoader[Any]:
         """Batches to evaluate on."""
@@ -279,11 +234,14 @@ class Study:
         elif method == "lota":
             rate = self._full_rate()
             options = {"density": plan.density, "finetuned": rate and self._vector("nonlinear", rate, task)}
+        recipe = dict(self._recipes.get(task.name, {}))
+        length = {} if "epochs" in recipe else {"steps": plan.steps}
         batches = self._backbone.batches(task.train, batch_size=plan.batch_size, shuffle=True, seed=plan.seed)
         with restored(dict(classifier.named_parameters())):
             return finetune(
-                classifier, batches, method=method, steps=plan.steps, lr=lr,
-                weight_decay=plan.weight_decay, seed=plan.seed, progress=False, **options,
+                classifier, batches, method=method, lr=lr, seed=plan.seed, progress=False,
+                checkpoint_dir=self._cells.checkpoint(f"{method}/{lr:g}/{task.name}"),
+                **{"weight_decay": plan.weight_decay, **length, **options, **recipe},
             )  # fmt: skip
 
     def _search_addition(self, vectors: dict[str, TaskVector], merged: TaskVector) -> AlphaSearch:
@@ -299,6 +257,7 @@ class Study:
         )
 
     def _control_of(self, task: Task) -> Task:
+        assert self._control is not None
         return self._stand_in if self._stand_in is not None and task.name == self._control.name else self._control
 
     def _validate(self, task: Task, vector: TaskVector, alphas: Sequence[float]) -> list[float]:

@@ -73,6 +73,17 @@ def test_the_verbs_in_a_row(run, place):
     out = made(run, f"merge {model} --add words.vector --add more.vector --alpha search {tasks} --out added")
     report = json.loads((place / "added" / "merge.json").read_text())
     assert f"alpha {report['alpha']:g}:" in out and len(report["search"]["trials"]) == 21
+    ties = "--add words.vector --add more.vector --method ties --option density=0.5 --option scope=per_tensor"
+    made(run, f"merge {model} {ties} --out trimmed")
+    merged = json.loads((place / "trimmed" / "merge.json").read_text())
+    assert (merged["method"], merged["options"]) == ("ties", {"density": 0.5, "scope": "per_tensor"})
+    code, _, err = run(f"merge {model} {ties} --option lam=1")
+    assert code == 2 and "no option 'lam'" in err
+    out = made(run, "interference words.vector more.vector --out i.json --plot i.png")
+    assert "sign conflict" in out and json.loads((place / "i.json").read_text())["names"] == [
+        "words.vector", "more.vector",
+    ]  # fmt: skip
+    assert (place / "i.png").read_bytes().startswith(b"\x89PNG")
     forget = "--subtract words.vector --alpha search --data words.jsonl.gz --control more.jsonl.gz"
     assert "control" in made(run, f"merge {model} {forget} --out negated")
 
@@ -112,6 +123,9 @@ def test_a_config_file_gives_defaults_and_flags_win(run, place):
     ("evaluate --model hf:bert --data words.jsonl.gz --weights none", "none"),
     ("evaluate --model tiny --data demo:none", "embedded tasks are"),
     ("merge --model hf:bert", "--add or --subtract"),
+    ("merge --model hf:bert --option density", "--option density: give NAME=VALUE"),
+    ("evaluate --model hf:bert --data hub:user/name@main", "a commit of 40 digits"),
+    ("interference none", "none: no such folder"),
     ("merge --model hf:bert --add bert", "task_vector.safetensors: no such file"),
     ("inspect none", "none: no such file"),
 ])  # fmt: skip

@@ -14,6 +14,7 @@ from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
 from talos_fast.cli.profile import app as profile_app
+from talos_fast.cli.suite import app as suite_app
 from talos_fast.evaluate import evaluate_along
 from talos_fast.methods import METHODS
 from talos_fast.sensitivity.estimators import Estimator
@@ -25,6 +26,7 @@ app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False
 app.add_typer(edit_app)
 app.add_typer(inspect_app)
 app.add_typer(profile_app)
+app.add_typer(suite_app)
 
 
 def main() -> None:

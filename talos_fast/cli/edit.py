@@ -1,9 +1,10 @@
 """``talos-fast merge`` and ``talos-fast evaluate``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,7 +15,7 @@ from talos_fast.errors import TalosError
 from talos_fast.evaluate import evaluate_along
 from talos_fast.fingerprint import require_base
 from talos_fast.merge import Evaluate
-from talos_fast.merging import combine
+from talos_fast.merging import METHODS, combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
 
@@ -38,6 +39,8 @@ def merge(
     pretrained: o.Pretrained = None,
     alpha: Annotated[str, typer.Option(help="A number, or 'search'.")] = "1.0",
     weights: Annotated[list[float] | None, typer.Option(help="One a vector, in the order added, subtracted.")] = None,
+    method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "task_arithmetic",
+    option: Annotated[list[str] | None, typer.Option(help="Of the method, NAME=VALUE; repeatable.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="For search: the task of each vector, in that order.")] = None,
     control: Annotated[Path | None, typer.Option(help="For search: the control task; makes it a negation.")] = None,
     control_floor: Annotated[float, typer.Option(help="Fraction of the control accuracy to keep.")] = 0.95,
@@ -50,7 +53,7 @@ def merge(
     verbose: o.Verbose = False,
 ) -> None:
     """Add task vectors to a model, or subtract them, and write the edited encoder."""
-    vectors = _vectors(add, subtract)
+    vectors, options = _vectors(add, subtract), _options(option or [])
     if not vectors:
         raise TalosError("no task vector: give --add or --subtract, once or more")
     backbone = o.load_backbone(model, pretrained, device, dtype)
@@ -61,18 +64,19 @@ def merge(
             )
         tasks = o.load_tasks(data or [])
         judge = None if control is None else o.load_tasks([control])[0]
-        base, found = _search(backbone, vectors, tasks, judge, control_floor, batch_size)
+        base, found = _search(backbone, vectors, tasks, judge, control_floor, batch_size, method, options)
         coefficient, report = found.alpha, {"search": found.to_json()}
         typer.echo(f"alpha {found.alpha:g}: {found.why}")
     else:
         base, coefficient, report = Classifier(backbone.encoder, nn.Identity()), _number(alpha), {}
-    edited = talos.merge(base, vectors, alpha=coefficient, weights=weights, inplace=True)
+    edited = talos.merge(base, vectors, alpha=coefficient, weights=weights, method=method, inplace=True, **options)
     assert isinstance(edited, Classifier)
     with storage.atomic(out / "model.safetensors") as temporary:
         save_file({name: t.contiguous().clone() for name, t in edited.encoder.state_dict().items()}, temporary)
     storage.write_json(
         out / "merge.json",
-        {"model": model, "pretrained": pretrained, "alpha": coefficient, "weights": weights,
+        {"model": model, "pretrained": pretrained, "alpha": coefficient, "weights": weights, "method": method,
+         "options": options,
          "add": [str(path) for path in add or []], "subtract": [str(path) for path in subtract or []], **report},
     )  # fmt: skip
     typer.echo(
@@ -124,6 +128,17 @@ def evaluate(
         storage.write_json(out, found)
 
 
+def _options(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE with a number or a word."""
+    found: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not (name and equals):
+            raise TalosError(f"--option {item}: give NAME=VALUE, such as density=0.2")
+        found[name.replace("-", "_")] = yaml.safe_load(value)
+    return found
+
+
 def _number(alpha: str) -> float:
     try:
         return float(alpha)
@@ -138,6 +153,8 @@ def _search(
     control: Task | None,
     floor: float,
     size: int,
+    method: str,
+    options: dict[str, Any],
 ) -> tuple[Classifier, talos.AlphaSearch]:
     if len(tasks) != len(vectors):
         raise TalosError(
@@ -153,6 +170,7 @@ def _search(
     controller = None if control is None else judge(control)[1]
     base = judges[0][0]
     found = talos.search_alpha(
-        base, vectors, evaluate=[e for _, e in judges], control=controller, control_floor=floor
+        base, vectors, evaluate=[e for _, e in judges], control=controller, control_floor=floor,
+        method=method, **options,
     )  # fmt: skip
     return base, found

@@ -1,4 +1,4 @@
-"""``talos-fast inspect``."""
+"""``talos-fast inspect`` and ``talos-fast interference``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,10 +7,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import talos_fast as talos
+from talos_fast import storage
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest
+from talos_fast.interference import COLUMNS
 from talos_fast.mask import Mask
-from talos_fast.plots import plot_mask
+from talos_fast.plots import plot_interference, plot_mask
 from talos_fast.structure import KINDS, density_by_part
 from talos_fast.task_vector import TaskVector
 
@@ -43,3 +46,27 @@ def inspect(
     if plot is not None:
         plot_mask(mask, plot, title=str(path))
         typer.echo(f"{plot}: the structure of the mask")
+
+
+@app.command()
+def interference(
+    vectors: Annotated[list[Path], typer.Argument(help="Task vectors (folders) of one base.")],
+    out: Annotated[Path | None, typer.Option(help="JSON of every figure.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the four matrices: .png, .pdf or .svg.")] = None,
+) -> None:
+    """Where task vectors get in each other's way: cosine, overlap, sign conflicts and shared norm of every pair."""
+    report = talos.interference([TaskVector.from_pretrained(path) for path in vectors], names=_names(vectors))
+    table = Table(*COLUMNS)
+    for row in report.rows():
+        table.add_row(*row)
+    Console().print(table)
+    if out is not None:
+        storage.write_json(out, report.to_json())
+    if plot is not None:
+        plot_interference(report, plot)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The folders' own names, or the whole paths where two are the same."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]

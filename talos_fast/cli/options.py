@@ -46,7 +46,7 @@ Pretrained = Annotated[str | None, typer.Option(help="open_clip tag, or a weight
 Weights = Annotated[
     Path | None, typer.Option(help="Encoder weights that merge wrote, loaded over the pre-trained ones.")
 ]
-Data = Annotated[Path, typer.Option(help="Folder of class folders, .npz, or .jsonl(.gz) of a task.")]
+Data = Annotated[Path, typer.Option(help="Folder of class folders, .npz, .jsonl(.gz), or hub:NAME@REVISION.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
@@ -71,11 +71,18 @@ def load_backbone(model: str, pretrained: str | None, device: str, dtype: str) -
 
 
 def load_tasks(paths: list[Path]) -> list[Task]:
-    """Tasks from files, or ``TalosError``; ``demo:NAME`` is a task of the embedded default."""
+    """Tasks from files, or ``TalosError``.
+
+    ``demo:NAME`` is a task of the embedded default, ``hub:SOURCE@REVISION`` a Hugging Face data set (``hub:FOLDER`` a
+    local one).
+    """
     return [_load_task(path) for path in paths]
 
 
 def _load_task(path: Path) -> Task:
+    if str(path).startswith("hub:"):
+        source, _, revision = str(path).removeprefix("hub:").partition("@")
+        return tasks.from_hub(source, revision=revision or None)
     if not str(path).startswith("demo:"):
         return tasks.load(path)
     from talos_fast.demo import control_task, demo_tasks

@@ -1,0 +1,246 @@
+"""`suite`: two local folder tasks from start to table, stopped in the middle in several ways, with the same results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import published
+import pytest
+import torch
+from PIL import Image
+from tiny_models import image_task, tiny_clip
+
+from talos_fast import Mask, TalosError, TaskVector, study, tasks
+from talos_fast.cli import main
+from talos_fast.study_plan import Plan
+from talos_fast.suite import Suite, choose_methods, run_suite, task_digest
+
+METHODS = ("nonlinear", "linearized", "l-lora", "lota", "talos")
+PLAN = Plan({method: (1e-3,) for method in METHODS}, steps=3, batch_size=6, samples=8)
+SMALL = Plan({"nonlinear": (1e-3,), "talos": (1e-3, 1e-2)}, steps=3, batch_size=6, samples=8)
+
+
+def write_task(root: Path, classes: int) -> Path:
+    """A folder of pictures, one grey level a class."""
+    generator = np.random.default_rng(classes)
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        for label in range(classes):
+            folder = root / split / ("red", "green", "blue", "grass")[label]
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 60, (12, 12, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    for name, classes in (("a", 3), ("b", 4), ("c", 2)):
+        write_task(folder / name, classes)
+    entries = [{"file": name, "name": name, "prompt_template": "a {}."} for name in "abc"]
+    (folder / "datasets.json").write_text(json.dumps(entries))
+    return folder
+
+
+def whole(place, plan: Plan = PLAN) -> Suite:
+    a, b, c = (tasks.load(place / name) for name in "abc")
+    return Suite([a, b], c, plan, mergings=("ties",))
+
+
+def backbone():
+    torch.manual_seed(0)
+    return tiny_clip()
+
+
+def same(content):
+    """Everything but the seconds, which no two runs share."""
+    if isinstance(content, dict):
+        return {key: same(value) for key, value in content.items() if "seconds" not in key}
+    return [same(value) for value in content] if isinstance(content, list) else content
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("finished")
+    model = backbone()
+    before = {name: p.clone() for name, p in model.encoder.named_parameters()}
+    result = run_suite(model, whole(place), out, progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.encoder.named_parameters())
+    return out, result
+
+
+@pytest.fixture(scope="module")
+def small(place, tmp_path_factory):
+    """What a smaller run reports that nothing stopped."""
+    out = tmp_path_factory.mktemp("small")
+    run_suite(backbone(), whole(place, SMALL), out, progress=False)
+    return same(json.loads((out / "report.json").read_text()))
+
+
+def test_a_table_of_all_methods(finished):
+    out, result = finished
+    table = (out / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in table[2:]] == ["zero-shot", *METHODS, "nonlinear+ties"]
+    report = json.loads((out / "report.json").read_text())
+    assert [row["method"] for row in report["methods"]] == [*METHODS, "nonlinear+ties"]
+    for row in report["methods"]:
+        assert set(row["single"]) == set(row["added"]) == {"a", "b"} and len(row["addition"]["trials"]) == 21
+        assert set(row["target"]) == (set() if "+" in row["method"] else {"a", "b"})
+    assert result.methods[-1].single == result.methods[0].single
+    lr = report["methods"][-2]["lr"]
+    vector = TaskVector.from_pretrained(out / "cells" / "talos" / f"{lr:g}" / "a")
+    mask = Mask.load(out / "cells" / "masks" / "a.safetensors")
+    assert vector.nnz and all(not (moved & ~mask[name]).any() for name, moved in vector.mask().items())
+    assert not list(out.rglob("checkpoint*"))
+
+
+@pytest.mark.parametrize("calls", [6, 20])
+def test_interrupted_and_resumed_it_gives_the_same(place, small, tmp_path, monkeypatch, calls):
+    """Ctrl-C among the first fine-tunings, and among the evaluations; no vector is made twice."""
+    evaluated, done, resumed = study.evaluate_along, [], backbone()
+
+    def stopping(*arguments, **options):
+        done.append(1)
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        return evaluated(*arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(study, "evaluate_along", stopping)
+        run_suite(resumed, whole(place, SMALL), tmp_path, progress=False)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("task_vector.safetensors")}
+    run_suite(resumed, whole(place, SMALL), tmp_path, progress=False)
+    assert written and all(path.stat().st_mtime_ns == at for path, at in written.items() if path.exists())
+    assert same(json.loads((tmp_path / "report.json").read_text())) == small
+
+
+def test_nothing_is_measured_again(place, finished, monkeypatch):
+    def refused(*arguments, **options):
+        raise AssertionError("measured again")
+
+    for name in ("finetune", "evaluate_along", "calibrate"):
+        monkeypatch.setattr(study, name, refused)
+    again = run_suite(backbone(), whole(place), finished[0], progress=False)
+    assert [row.to_json() for row in again.methods] == [row.to_json() for row in finished[1].methods]
+
+
+def run(monkeypatch, capfd, line: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["talos-fast", *line.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capfd.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+COMMAND = "suite --model tiny --tasks a b --control c --methods talos,nonlinear --lr 1e-3 --lr talos=1e-2 --steps 8"
+COMMAND += " --batch-size 6 --samples 8 --limit 4 --test-limit 4 -q --out "
+
+
+def test_killed_and_resumed_on_the_command_line(place, monkeypatch, capfd):
+    """SIGKILL, when the first vectors are there; then the same command, held against a run that was left alone."""
+    monkeypatch.chdir(place)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    process = subprocess.Popen([sys.executable, "-m", "talos_fast", *(COMMAND + "killed").split()], env=environment)
+    vectors, deadline = place / "killed" / "cells" / "nonlinear", time.monotonic() + 300
+    while not list(vectors.rglob("task_vector.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (place / "killed" / "report.json").exists()
+    reports = []
+    for out in ("killed", "alone"):
+        code, said, errors = run(monkeypatch, capfd, COMMAND + out)
+        assert code == 0, errors
+        assert "talos: done" in said and (place / out / "table.md").is_file()
+        reports.append(same(json.loads((place / out / "report.json").read_text())))
+    assert reports[0] == reports[1]
+    assert [row["lr"] for row in reports[0]["methods"]] == [1e-3, 1e-2]
+
+
+def test_without_a_control_nothing_is_negated(place, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    line = f"suite --model tiny a b --methods nonlinear --lr 1e-3 --steps 1 --batch-size 6 -q --out {tmp_path / 'o'}"
+    code, said, errors = run(monkeypatch, capfd, line)
+    assert code == 0 and "nonlinear: done" in said, errors
+    row = json.loads((tmp_path / "o" / "report.json").read_text())["methods"][0]
+    assert row["target"] == {} and set(row["added"]) == {"a", "b"}
+    assert (tmp_path / "o" / "table.md").read_text().splitlines()[3].split(" | ")[6:8] == ["", ""]
+
+
+def test_a_preset_from_a_folder(tmp_path, monkeypatch, capfd):
+    """The preset's tasks, control and recipe reach the runs; the reading alone of all nine is in test_presets."""
+    from talos_fast.tasks import presets, vision_names
+
+    published.mnist(tmp_path / "mnist")
+    published.svhn(tmp_path / "SVHN")
+    small = presets.Preset(
+        "vision8", ("mnist",), "svhn", {"svhn": ("SVHN",)}, presets.read_vision, 8, 1e-3, 0.1,
+        {"warmup": 500, "clip": 1.0}, {"mnist": 2},
+    )  # fmt: skip
+    # The embedded CLIP knows few words.
+    monkeypatch.setattr(vision_names, "TEMPLATES", dict.fromkeys(("mnist", "svhn"), ("the number {}.",)))
+    monkeypatch.setitem(presets.PRESETS, "vision8", small)
+    line = (
+        f"suite --model tiny --preset vision8 --data {tmp_path} --methods talos --samples 8 -q --out {tmp_path / 'o'}"
+    )
+    code, _, errors = run(monkeypatch, capfd, line)
+    assert code == 0, errors
+    cells = tmp_path / "o" / "cells" / "talos"
+    info = TaskVector.from_pretrained(cells / "0.001" / "mnist").info
+    assert (info["steps"], info["warmup"], info["weight_decay"], info["lr"]) == (2 * 4, 500, 0.1, 1e-3)
+    assert json.loads((tmp_path / "o" / "report.json").read_text())["zero_shot_control"] is not None
+
+
+@pytest.mark.parametrize("line, said", [
+    ("", "give either --preset with --data, or --tasks"),
+    ("a --preset vision8 --data .", "give either --preset with --data, or --tasks"),
+    ("a --data .", "--data . is the folder of a preset"),
+    ("--preset vision8", "--preset vision8 needs --data"),
+    ("--preset vision8 --data .", "found no folder cars or stanford_cars or Cars"),
+    ("--preset none --data .", "preset 'none'"),
+    ("a b --methods magic", "method='magic'"),
+    ("a b --lr x", "--lr x: give a number"),
+    ("a b --methods talos --lr lota=1", "'lota' is not among the methods"),
+    ("a b --merge average", "merging 'average'"),
+    ("a b --merge ties --methods talos", "starts from the vectors of 'nonlinear'"),
+    ("a a", "two tasks are called 'a'"),
+])  # fmt: skip
+def test_bad_commands(place, monkeypatch, capfd, line, said):
+    monkeypatch.chdir(place)
+    code, _, errors = run(monkeypatch, capfd, f"suite --model tiny {line}")
+    assert code == 2 and said in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_another_run_is_refused(place, finished):
+    suite, model = whole(place), backbone()
+    other = Suite(suite.tasks, suite.control, replace(PLAN, steps=4))
+    with pytest.raises(TalosError, match="another plan, which differs in plan"):
+        run_suite(model, other, finished[0], progress=False)
+    rates = Suite(suite.tasks, suite.control, replace(PLAN, learning_rates={"talos": (1e-2,)}))
+    with pytest.raises(TalosError, match="results of 'talos' there were made with the learning rates"):
+        run_suite(model, rates, finished[0], progress=False)
+    with pytest.raises(TalosError, match="another plan, which differs in control, tasks"):
+        run_suite(model, Suite([image_task("a")], None, PLAN), finished[0], progress=False)
+    with pytest.raises(TalosError, match="no task to run"):
+        Suite([], None, PLAN)
+    with pytest.raises(TalosError, match="no method is given"):
+        choose_methods([","])
+    assert choose_methods(["talos, nonlinear"]) == ["nonlinear", "talos"] and choose_methods(["all"]) == list(METHODS)
+
+
+def test_digests_follow_the_content(place):
+    a = tasks.load(place / "a")
+    assert task_digest(a) == task_digest(tasks.load(place / "a")) != task_digest(tasks.load(place / "b"))
+    assert task_digest(image_task(per_split=12)) != task_digest(image_task(per_split=13))
