@@ -82,15 +82,17 @@ def examine(
             break
     expected: dict[str, Sketch] = {}
     tolerance = 1e-6 if logits.dtype is torch.float64 else 1e-2
-    for n, (alone, gradients) in enumerate(gradients_one_by_one(model, parameters, forward, few, probe)):
+
+    def receive(name: str, gradient: Tensor) -> None:
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        expected[name] = Sketch.of(wide.square()).plus(expected.get(name))
+
+    for n, alone in enumerate(gradients_one_by_one(model, parameters, forward, few, probe, receive)):
         if float((alone - logits[n]).abs().max()) > tolerance * (1 + float(logits.abs().max())):
             raise TalosError(
                 f"{where}: logits change with the other samples of the batch, so there is no gradient per sample; "
                 "remove what mixes samples or draws random numbers in evaluation mode"
             )
-        for name, gradient in gradients.items():
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            expected[name] = Sketch.of(wide.square()).plus(expected.get(name))
     scale = max((sketch.largest for sketch in expected.values()), default=0.0)
     for name, p in parameters.items():
         zero = Sketch.of(torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)))
