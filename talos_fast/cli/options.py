@@ -121,13 +121,12 @@ def _load_task(path: Path) -> Task:
         return tasks.from_hub(source, revision=revision or None)
     if not str(path).startswith("demo:"):
         return tasks.load(path)
-    from talos_fast.demo import control_task, demo_tasks
+    from talos_fast.demo.tasks import TASKS
 
-    known = {task.name: task for task in [*demo_tasks(), control_task()]}
     name = str(path).removeprefix("demo:")
-    if name not in known:
-        raise TalosError(f"--data {path}: the embedded tasks are {', '.join(known)}")
-    return known[name]
+    if name not in TASKS:
+        raise TalosError(f"--data {path}: the embedded tasks are {', '.join(TASKS)}")
+    return TASKS[name](0)
 
 
 def load_weights(classifier: Classifier, path: Path | None) -> None:
