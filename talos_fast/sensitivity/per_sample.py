@@ -6,29 +6,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward, take
+from talos_fast.forward import Batch, Forward, functional_forward, take
 from talos_fast.sensitivity.uses import Accumulator
 
 logger = logging.getLogger("talos_fast")
 
 # Entries of per-sample gradients that vmap may hold at once: 256 MB in fp32.
 CHUNK_ENTRIES = 2**26
-
-
-class _Hooked(nn.Module):
-    """Gives `functional_call` a module whose forward is the user's ``forward(model, batch)``."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._forward(self.model, batch)
 
 
 def add_squares_by_func(
@@ -71,21 +59,20 @@ def _by_vmap(
     model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor
 ) -> dict[str, Tensor]:
     """Name -> per-sample gradients (N, *shape), by ``vmap(grad)``."""
-    hooked = _Hooked(model, forward)
     leaves, structure = tree_flatten(batch)
     batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == len(probe) for leaf in leaves]
 
     def scalar(tracked: dict[str, Tensor], coefficients: Tensor, *rows: Tensor) -> Tensor:
         split = iter(rows)
         one = [next(split).unsqueeze(0) if is_row else leaf for leaf, is_row in zip(leaves, batched, strict=True)]
-        logits = functional_call(hooked, tracked, (tree_unflatten(one, structure),))
+        logits = functional_forward(forward, model, tracked, tree_unflatten(one, structure))
         total: Tensor = (logits[0] * coefficients).sum()
         return total
 
-    tracked = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    tracked = {name: parameter.detach() for name, parameter in parameters.items()}
     rows = [leaf for leaf, is_row in zip(leaves, batched, strict=True) if is_row]
     per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
-    return {name.removeprefix("model."): g for name, g in per_sample(tracked, probe, *rows).items()}
+    return per_sample(tracked, probe, *rows)
 
 
 def gradients_one_by_one(
