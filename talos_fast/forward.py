@@ -79,6 +79,22 @@ def device_of(model: nn.Module) -> torch.device:
     return parameter.device
 
 
+def usable_device(device: torch.device | str, what: str) -> torch.device:
+    """A device that tensors can be made on.
+
+    Raises:
+        TalosError: torch does not know it, or this machine lacks it; ``what`` names the argument.
+    """
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise TalosError(
+            f"{what}: {device!s} cannot be used ({error}); use 'cpu', or a device of this machine"
+        ) from error
+    return where
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor in it on ``device``."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)

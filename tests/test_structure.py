@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from talos_fast import TalosError
 from talos_fast.plots import plot_mask
 from talos_fast.structure import density_by_kind, density_by_part, parts
 
@@ -92,3 +93,5 @@ def test_plots_are_pictures(tmp_path):
     with Image.open(tmp_path / "mask.png") as image:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
     assert (tmp_path / "vector.svg").read_text().startswith("<?xml")
+    with pytest.raises(TalosError, match=r"mask.xyz: pictures are .png, .pdf or .svg"):
+        plot_mask(masks(), tmp_path / "mask.xyz")

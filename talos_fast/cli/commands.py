@@ -69,7 +69,7 @@ def calibrate(
     stability: Annotated[bool, typer.Option(help="Report how alike the masks of two halves are.")] = True,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Keep finished rounds here, to go on from.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint that is there.")] = True,
-    samples: Annotated[int, typer.Option(help="Training inputs to score on, a round.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Training inputs to score on, a round.")] = 512,
     batch_size: o.BatchSize = 32,
 ) -> None:
     """Find the entries that a task is least sensitive to, and write them as a mask."""
@@ -100,10 +100,10 @@ def finetune(
     finetuned: Annotated[Path | None, typer.Option(help="Vector of a nonlinear run, for lota; else one first.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the adapters of l-lora; default 16.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="They act times this / rank; default 32.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="How long; or --steps.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How long, or --steps; default 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
-    weight_decay: Annotated[float, typer.Option(help="Of the entries that train.")] = 0.1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; talos takes 10 to 30 times that of nonlinear.")] = 1e-5,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of the entries that train.")] = 0.1,
     warmup: Annotated[int | None, typer.Option(help="Steps; default 500, or a tenth of the run.")] = None,
     schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = "cosine",
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,

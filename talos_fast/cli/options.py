@@ -57,7 +57,7 @@ class Run:
     """The options of every command that loads a model: which, where, and how much the command says."""
 
     model: Model
-    pretrained: Annotated[str | None, _common("open_clip tag, or a weights file.")] = None
+    pretrained: Annotated[str | None, _common("open_clip tag, timm's 'hub', or a file; else random weights.")] = None
     device: Annotated[str, _common("cpu, cuda, cuda:1, …")] = "cpu"
     dtype: Annotated[str, _common(" | ".join(DTYPES))] = "float32"
     seed: Annotated[int, _common("Of everything random.")] = 0
@@ -102,7 +102,9 @@ def with_run(command: Callable[..., None]) -> Callable[..., None]:
 Weights = Annotated[
     Path | None, typer.Option(help="Encoder weights that merge wrote, loaded over the pre-trained ones.")
 ]
-Data = Annotated[Path, typer.Option(help="Folder of class folders, .npz, .jsonl(.gz), or hub:NAME@REVISION.")]
+Data = Annotated[
+    Path, typer.Option(help="Folder with train/CLASS/*.png …, .npz, .jsonl(.gz), hub:NAME@REVISION, demo:NAME.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs a batch.")]
 
 
@@ -138,4 +140,5 @@ def load_weights(classifier: Classifier, path: Path | None) -> None:
     try:
         classifier.encoder.load_state_dict(named_tensors(path), strict=True)
     except RuntimeError as error:
-        raise TalosError(f"--weights {path}: does not fit this model ({error})") from error
+        said = " ".join(str(error).split())  # names every key
+        raise TalosError(f"--weights {path}: does not fit this model ({said:.300})") from error

@@ -47,7 +47,7 @@ def suite(
     methods: Annotated[list[str] | None, typer.Option(help="all (default), or names separated by commas.")] = None,
     merge: Annotated[list[str] | None, typer.Option(help="Post-hoc merging of nonlinear vectors; repeatable.")] = None,
     lr: Annotated[list[str] | None, typer.Option(help="RATE for all methods, or METHOD=RATE; repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="A task; default the preset's epochs, or 2000.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a fine-tuning; default the preset's, or 2000.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default the preset's, or 128.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default the preset's, or 0.1.")] = None,
     density: Annotated[float, typer.Option(help="Of the masks of talos and lota.")] = 0.1,

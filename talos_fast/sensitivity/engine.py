@@ -12,7 +12,17 @@ import talos_fast.sensitivity.attention
 import talos_fast.sensitivity.rules
 import talos_fast.sensitivity.views  # noqa: F401  (these three fill the registry)
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Batches, Forward, checked_logits, default_forward, device_of, labels_of, to_device
+from talos_fast.forward import (
+    Batch,
+    Batches,
+    Forward,
+    checked_logits,
+    default_forward,
+    device_of,
+    labels_of,
+    to_device,
+    usable_device,
+)
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, probe
@@ -135,7 +145,7 @@ class Scorer:
         self, dtype: torch.dtype | None, device: torch.device | str | None, kept: Mapping[str, Tensor] | None = None
     ) -> Ledger:
         """Empty sums for all parameters, or for the rows that have a True entry in ``kept``."""
-        place = None if device is None else torch.device(device)
+        place = None if device is None else usable_device(device, "scores_device")
         ledger = {}
         for name, p in self.parameters.items():
             rows = None if kept is None else wanted_rows(kept[name])
