@@ -50,9 +50,7 @@ class Call:
         self.makes, self.inputs, self.coded = [], [], None
 
 
-def tapped(
-    anchor: Tensor, output: Tensor, aliases: Iterable[Alias], receive: Callable[[Tensor], None]
-) -> Tensor:
+def tapped(anchor: Tensor, output: Tensor, aliases: Iterable[Alias], receive: Callable[[Tensor], None]) -> Tensor:
     """``output``, which has no graph, as a tensor whose gradient goes to ``receive``.
 
     To autograd it is no view, so functions such as ``relu(inplace=True)`` may write to it, unless it is a copy of a

@@ -15,7 +15,7 @@ from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Batches, Forward, checked_logits, default_forward, device_of, labels_of, to_device
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
-from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, check_labels, check_probed, injected, probe
+from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, check_probed, injected, probe
 from talos_fast.sensitivity.evaluation import differentiable, evaluating
 from talos_fast.sensitivity.examine import SAMPLES, examine
 from talos_fast.sensitivity.per_sample import add_squares_by_func
@@ -167,7 +167,6 @@ class Scorer:
             KeyboardInterrupt: ``stop()`` was true on some rank.
         """
         device, count = device_of(self.model), 0
-        check_labels(self.estimator, labels)
 
         def run() -> None:
             nonlocal count
@@ -182,7 +181,7 @@ class Scorer:
                     Draws(seed, [(count + n) * ranks.world + ranks.rank for n in range(size)], repeat)
                     for repeat in range(self.repeats)
                 ]
-                self._add(batch, ledger_of(index), draws, injected(labels, index, where), where)
+                self._add(batch, ledger_of(index), draws, injected(self.estimator, labels, index, where), where)
                 count += size
                 if stop():
                     raise KeyboardInterrupt

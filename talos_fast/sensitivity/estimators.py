@@ -24,17 +24,15 @@ def check_estimator(name: str) -> None:
         raise TalosError(f"estimator={name!r}: choose one of {', '.join(get_args(Estimator))}")
 
 
-def check_labels(estimator: Estimator, labels: Sequence[Tensor] | None) -> None:
-    """Raises `TalosError` for injected labels that an estimator would not look at."""
-    if labels is not None and estimator not in ("sampled-logprob", "sampled-logit"):
+def injected(estimator: Estimator, labels: Sequence[Tensor] | None, index: int, where: str) -> Tensor | None:
+    """The injected labels of a batch; raises `TalosError` if the estimator samples none, or this batch has none."""
+    if labels is None:
+        return None
+    if estimator not in ("sampled-logprob", "sampled-logit"):
         raise TalosError(f"labels= replace sampled labels, but estimator={estimator!r} samples none")
-
-
-def injected(labels: Sequence[Tensor] | None, index: int, where: str) -> Tensor | None:
-    """The injected labels of a batch; raises `TalosError` if there are some, but none for this one."""
-    if labels is not None and index >= len(labels):
+    if index >= len(labels):
         raise TalosError(f"{where}: labels= holds one tensor a batch, but only {len(labels)}")
-    return None if labels is None else labels[index]
+    return labels[index]
 
 
 def check_probed(estimator: Estimator, logits: Tensor, sampled: Tensor | None, where: str) -> None:

@@ -34,9 +34,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         _refuse_batch_statistics(model)
         # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            with without_checkpointing():
-                yield
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.inference_mode(False), torch.enable_grad(), eager, without_checkpointing():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, training in modes.items():
