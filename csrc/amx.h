@@ -3,7 +3,9 @@
 #pragma once
 
 #if defined(__x86_64__)
+#ifndef TALOS_AMX_TARGET
 #define TALOS_AMX_TARGET __attribute__((target("avx512f,avx512bw,avx512vl")))
+#endif
 #include "amx_tile.h"
 
 namespace talos::amx {

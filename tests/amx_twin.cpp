@@ -1,8 +1,13 @@
 // The CPU kernel with AMX's register tile, on an emulated AMX, for ctypes: see test_amx_twin.py.
+#define TALOS_AMX_TARGET  // nothing that not every processor has
 #include <vector>
 
+#include "amx.h"
 #include "cpu_worker.h"
 #include "emulated_amx.h"
+#if defined(__x86_64__) && defined(__linux__)
+#include "trapped_amx.h"
+#endif
 
 using namespace talos;
 
@@ -18,11 +23,11 @@ struct Problem {
 static std::vector<uint16_t> poisoned(int64_t bytes) { return std::vector<uint16_t>(bytes / 2 + 8192, 0xffff); }
 
 // What accumulate.cpp does with one block of samples, one worker after the other. Returns the first fault, if any.
-extern "C" const char* run_amx_twin(const Problem* problem, int64_t threads) {
+static const char* run(const TileKernel& tile_kernel, const Problem* problem, int64_t threads) {
   using emulated::Amx;
   Amx::reset();
   const Shape& shape = problem->shape;
-  const Call<float> call{problem->scores, problem->scale, shape, amx::Kernel<Amx>::kernel(), false};
+  const Call<float> call{problem->scores, problem->scale, shape, tile_kernel, false};
   const TileKernel& kernel = call.kernel;
   const auto panels_of = [&](const void* data, const Strides& strides, int64_t features, int64_t width, Pack pack) {
     return Panels({data, strides, features, sizeof(uint16_t)}, width, pack, kernel, shape.tokens);
@@ -40,6 +45,24 @@ extern "C" const char* run_amx_twin(const Problem* problem, int64_t threads) {
     for (int64_t tile = thread; tile < tiles.count(); tile += threads) worker(tile);
   }
   return Amx::is_configured() ? "the tile registers were not released" : Amx::error;
+}
+
+extern "C" const char* run_amx_twin(const Problem* problem, int64_t threads) {
+  return run(amx::Kernel<emulated::Amx>::kernel(), problem, threads);
+}
+
+// The same with the processor's own instructions; counts those that it does not know.
+extern "C" const char* run_amx_trapped(const Problem* problem, int64_t threads, int64_t* trapped) {
+#if defined(__x86_64__) && defined(__linux__)
+  const trapped::Trap trap;
+  trapped::Trap::trapped = 0;
+  const char* const fault = run(amx::Kernel<amx::Processor>::kernel(), problem, threads);
+  *trapped = trapped::Trap::trapped;
+  return fault;
+#else
+  (void)problem, (void)threads, (void)trapped;
+  return "not an x86 processor under Linux";
+#endif
 }
 
 // The register tile without ldtilecfg before it.

@@ -59,28 +59,40 @@ class Amx {
 
   template <int TILE>
   static void zero() {
-    std::memset(ready(TILE).bytes, 0, sizeof(Tile::bytes));
+    zero(TILE);
   }
-
   template <int TILE>
   static void load(const void* from, int64_t stride) {
-    Tile& tile = ready(TILE);
+    load(TILE, from, stride);
+  }
+  template <int TILE>
+  static void store(void* to, int64_t stride) {
+    store(TILE, to, stride);
+  }
+  template <int SUM, int GRADS, int INPUTS>
+  static void multiply_add() {
+    multiply_add(SUM, GRADS, INPUTS);
+  }
+
+  // The same with numbers that are known when the code runs.
+  static void zero(int number) { std::memset(ready(number).bytes, 0, sizeof(Tile::bytes)); }
+
+  static void load(int number, const void* from, int64_t stride) {
+    Tile& tile = ready(number);
     std::memset(tile.bytes, 0, sizeof(tile.bytes));
     for (int r = 0; r < tile.rows; ++r) {
       std::memcpy(tile.bytes[r], static_cast<const char*>(from) + r * stride, tile.row_bytes);
     }
   }
 
-  template <int TILE>
-  static void store(void* to, int64_t stride) {
-    const Tile& tile = ready(TILE);
+  static void store(int number, void* to, int64_t stride) {
+    const Tile& tile = ready(number);
     for (int r = 0; r < tile.rows; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tile.bytes[r], tile.row_bytes);
   }
 
   // The even tokens and the odd ones are summed apart, from zero, and their sum is added to the tile.
-  template <int SUM, int GRADS, int INPUTS>
-  static void multiply_add() {
-    Tile &sum = ready(SUM), &a = ready(GRADS), &b = ready(INPUTS);
+  static void multiply_add(int to, int left, int right) {
+    Tile &sum = ready(to), &a = ready(left), &b = ready(right);
     if (a.rows != sum.rows || b.row_bytes != sum.row_bytes || a.row_bytes / 4 != b.rows || a.row_bytes % 4 != 0) {
       return fail("tdpbf16ps: sizes");
     }

@@ -32,17 +32,22 @@ def twin(tmp_path_factory):
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
     subprocess.run([*command, *includes, str(ROOT / "tests/amx_twin.cpp"), "-o", str(built)], check=True)
     loaded = ctypes.CDLL(str(built))
-    loaded.run_amx_twin.restype = loaded.run_unconfigured.restype = ctypes.c_char_p
+    for function in (loaded.run_amx_twin, loaded.run_amx_trapped, loaded.run_unconfigured):
+        function.restype = ctypes.c_char_p
     loaded.run_amx_twin.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.run_amx_trapped.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     return loaded
 
 
-def run(twin, scores, inputs, grads, scale=1.0, threads=1):
-    problem = Problem(
+def problem(scores, inputs, grads, scale=1.0):
+    return Problem(
         grads.data_ptr(), inputs.data_ptr(), Int3(*grads.stride()), Int3(*inputs.stride()),
         Int4(*inputs.shape[:2], *scores.shape), scale, scores.data_ptr(),
     )  # fmt: skip
-    assert twin.run_amx_twin(ctypes.byref(problem), threads) is None
+
+
+def run(twin, scores, inputs, grads, scale=1.0, threads=1):
+    assert twin.run_amx_twin(ctypes.byref(problem(scores, inputs, grads, scale)), threads) is None
     return scores
 
 
@@ -123,6 +128,20 @@ def test_values_below_the_normal_ones_count_as_zero(twin):
     grads = torch.tensor([2.0**62, 2.0**-10]).bfloat16().reshape(1, 1, 2)
     scores = run(twin, torch.zeros(2, 3), small, grads)
     assert scores.tolist() == [[2.0**-128, 0.0, 2.0**-116], [0.0, 0.0, 0.0]]  # the last product is 2^-130
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="not x86 under Linux")
+@pytest.mark.parametrize("shape", [(1, 50, 40, 50), (3, 33, 70, 20), (2, 300, 32, 32)], ids=str)
+def test_the_instructions_themselves_do_what_the_emulator_does(twin, shape):
+    """The assembly as it is encoded; on a processor without AMX every instruction is trapped and decoded."""
+    inputs, grads = operands(*shape)
+    by_instructions, trapped = torch.zeros(shape[2:]), ctypes.c_int64()
+    arguments = ctypes.byref(problem(by_instructions, inputs, grads)), 2, ctypes.byref(trapped)
+    has_amx = may_use_amx()  # asks for it
+    assert twin.run_amx_trapped(*arguments) is None
+    assert torch.equal(by_instructions, run(twin, torch.zeros(shape[2:]), inputs, grads, threads=2))
+    assert trapped.value == 0 if has_amx else trapped.value >= 100
 
 
 @needs_compiler
