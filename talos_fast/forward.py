@@ -20,11 +20,13 @@ Forward = Callable[[nn.Module, Batch], Tensor]
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Tensor:
-    """``model(inputs)`` for tuples, ``model(**everything but labels)`` for mappings; ``.logits`` of what has them."""
+    """``model(inputs)`` for tuples, ``model(**everything but labels)`` for mappings; the logits of what has them."""
     if isinstance(batch, Mapping):
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
     else:
         output = model(batch[0])
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
@@ -117,9 +119,14 @@ def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> t
     """
     labels = labels_of(batch, where)
     logits = forward(model, batch)
+    if not isinstance(logits, Tensor):
+        raise TalosError(
+            f"{where}: the model gave a {type(logits).__name__}, not logits (N, K); pick them with forward="
+        )
     if logits.dim() != 2 or logits.shape[0] != len(labels):
         raise TalosError(
-            f"{where}: forward gave logits of shape {tuple(logits.shape)} for {len(labels)} labels; expected (N, K)"
+            f"{where}: forward gave logits of shape {tuple(logits.shape)} for {len(labels)} labels; expected (N, K). "
+            "Batches are cut along the first dimension of their tensors: samples come first, forward= may transpose"
         )
     return logits, labels
 
