@@ -1,6 +1,7 @@
 """The embedded CLIP trained by MaskedAdam: with a full mask as by AdamW, with a TaLoS mask nowhere else."""
 
 import functools
+import json
 import sys
 
 import pytest
@@ -55,3 +56,13 @@ def test_a_talos_mask_moves_nothing_else(problem, backend):
     assert (found["by_triton"] > 0) == (backend in ("interpreter", "cuda"))
     assert found["others_changed"] == 0
     assert found["moved"] > 0.9 * found["selected"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "foreach", "cpp", "interpreter"])
+def test_the_committed_runs_took_all_steps(backend):
+    content = json.loads((training.RESULTS / f"training_{backend}.json").read_text())
+    full, sparse = content["full_mask"], content["talos_mask"]
+    assert content["steps"] == len(full["losses"]) == len(sparse["losses"]) == training.STEPS
+    assert full["distance"] < min(3 * full["distance_of_fused"], 0.05 * full["way"])
+    assert sparse["others_changed"] == 0 and sparse["moved"] > 0.9 * sparse["selected"]
+    assert (full["by_triton"] == content["tensors"]) == (sparse["by_triton"] > 0) == (backend == "interpreter")
