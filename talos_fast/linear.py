@@ -70,17 +70,25 @@ class Linearized(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model takes, to f_lin."""
+        if self._open:
+            return self._evaluated(inputs, named)
         with ExitStack() as until:
-            if not self._open:
-                (self._kept or until).enter_context(self._expanded())
-            return tree_map_only(Tensor, self._value, self.model(*inputs, **named))
+            tangents = until.enter_context(self._expanded())
+            output = self._evaluated(inputs, named)
+            # Else it ends here: a backward pass in which values have tangents would differentiate itself.
+            if self._kept is not None and tangents.again:
+                self._kept.push(until.pop_all())
+        return output
+
+    def _evaluated(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return tree_map_only(Tensor, self._value, self.model(*inputs, **named))
 
     def _value(self, dual: Tensor) -> Tensor:
         value, slope = unpack_dual(dual)
         return value if slope is None else value + self.alpha * slope
 
     @contextmanager
-    def _expanded(self) -> Iterator[None]:
+    def _expanded(self) -> Iterator[Tangents]:
         """Within it the model's parameters are duals, and evaluate with their tangents."""
         directions = self._tangents() if self.alpha else {}
         with evaluating(self.model), dual_level():
@@ -91,10 +99,10 @@ class Linearized(nn.Module):
                 held[p] = make_dual(start, direction) if isinstance(direction, Tensor) else start
                 if direction is not None:
                     moves[held[p]] = start, direction
-            with holding(self.model, held), Tangents(moves):
+            with holding(self.model, held), Tangents(moves) as tangents:
                 self._open = True
                 try:
-                    yield
+                    yield tangents
                 finally:
                     self._open = False
 
@@ -118,8 +126,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         for module, training in modes.items():
-            # Hugging Face's layers checkpoint in training mode only; what would be random in them are other modules.
-            module.training = training and bool(getattr(module, "gradient_checkpointing", False))
+            # Hugging Face's blocks checkpoint in training mode only; what is random in them are other modules.
+            block = any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+            module.training = training and block and bool(getattr(module, "gradient_checkpointing", False))
         yield
     finally:
         for module, training in modes.items():

@@ -1,7 +1,7 @@
 """`Tangents`: forward-mode derivatives of linear maps and attention, without the products that torch wastes on them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -50,37 +50,42 @@ Direction = Tensor | LowRank
 """Where a parameter moves: dense, of its shape, or by factors."""
 
 
+# Hugging Face's code asks for gradients of activations where it checkpoints; that would record the pass of the values.
+_RECORD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
 
 
 class Tangents(Takeover):
     """Within it, and within a dual level, products and attention carry tangents along by formulas of our own.
 
     torch multiplies by the tangents of frozen weights, which are zero, and of attention it differentiates the plain
-    implementation only, which computes in float32 what comes in bfloat16. And under autocast on the CPU the tangent of
-    a layer norm is float32 where its value is bfloat16, which no product takes.
+    implementation only, which computes in float32 what comes in bfloat16. Its tangents of layer norms under autocast are
+    float32 where their values are bfloat16, which no product takes, and torch.compile cannot trace them.
 
     Args:
         moves: a parameter as the model holds it -> (it without its tangent, where it moves). What moves by factors
             has to be here, and is no dual; whatever else than F.linear uses it sees a dense one.
+
+    Attributes:
+        again: whether part of the forward is run again in the backward pass, as far as products show it.
     """
 
-    functions = (*PRODUCTS, F.scaled_dot_product_attention, F.layer_norm, Tensor.requires_grad_)
+    functions = (*PRODUCTS, F.scaled_dot_product_attention, F.layer_norm, *_RECORD)
 
     def __init__(self, moves: Mapping[Tensor, tuple[Tensor, Direction]]) -> None:
         super().__init__()
+        self.again = False
         self._moves = moves
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """One of the functions, on duals."""
-        if func is Tensor.requires_grad_:  # Hugging Face's for checkpointing; it would record the pass of the values
+        if func in _RECORD:
             return args[0]
         if func is not F.linear and self._concerns((*args, *kwargs.values())):
             args, kwargs = tree_map_only(Tensor, self._dense, (args, kwargs))
         if func in PRODUCTS:
             return self._product(func, *args, **kwargs)
         if func is F.layer_norm:
-            output, tangent = unpack_dual(func(*args, **kwargs))
-            return output if tangent is None else make_dual(output, tangent.to(output.dtype))
+            return self._layer_norm(*args, **kwargs)
         return _attention(*args, **kwargs)
 
     def __torch_function__(
@@ -95,7 +100,9 @@ class Tangents(Takeover):
 
     def _concerns(self, values: Iterable[Any]) -> bool:
         return any(
-            self._concerns(value) if isinstance(value, (list, tuple)) else isinstance(value, Tensor) and value in self._moves
+            self._concerns(value)
+            if isinstance(value, (list, tuple))
+            else isinstance(value, Tensor) and value in self._moves
             for value in values
         )
 
@@ -112,6 +119,8 @@ class Tangents(Takeover):
             found: Tensor = func(a, b) if func in MATMUL else func(a, b, c, *rest, **options)
             return found
 
+        if not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            self.again = True  # gradient checkpointing puts hooks where tensors are saved
         (x, dx), (w, dw) = self._split(input), self._split(weight)
         b, db = (None, None) if bias is None else self._split(bias)
         output, tangent = product(x, w, b), None if dx is None else product(dx, w)
@@ -120,6 +129,27 @@ class Tangents(Takeover):
         if db is not None:
             tangent = _sum(tangent, db.view(-1, *[1] * (w.dim() - 2)).expand_as(output))
         return output if tangent is None else make_dual(output, tangent.to(output.dtype))
+
+    def _layer_norm(
+        self, input: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:  # fmt: skip
+        """w x̂ + b with x̂ = (x - mean) / deviation; its tangent is w (ẋ - mean(ẋ) - x̂ mean(x̂ ẋ)) / deviation + ẇ x̂ + ḃ."""
+        (x, dx), (w, dw), (b, db) = ((None, None) if t is None else self._split(t) for t in (input, weight, bias))
+        output: Tensor = F.layer_norm(x, shape, w, b, eps)
+        if dx is None and dw is None and db is None:
+            return output
+        over = tuple(range(-len(shape), 0))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (wide.var(over, unbiased=False, keepdim=True) + eps).rsqrt()
+        unit = (wide - wide.mean(over, keepdim=True)) * scale
+        tangent = db
+        if dx is not None:
+            along = (dx - dx.mean(over, keepdim=True) - unit * (unit * dx).mean(over, keepdim=True)) * scale
+            tangent = _sum(tangent, along if w is None else along * w)
+        if dw is not None:
+            tangent = _sum(tangent, unit * dw)
+        return make_dual(output, tangent.expand_as(output).to(output.dtype))
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Direction | None]:
         return self._moves.get(tensor) or _split(tensor)

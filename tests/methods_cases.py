@@ -11,7 +11,7 @@ from talos_fast.structure import parts
 
 
 def load(kind: str, folder, dtype=torch.float32) -> models.Backbone:
-    """"clip", "timm", "bert" or "t5"; the latter two are written to ``folder``."""
+    """ "clip", "timm", "bert" or "t5"; the latter two are written to ``folder``."""
     if kind in ("clip", "timm"):
         backbone = tiny_clip() if kind == "clip" else tiny_timm()
         backbone.encoder.to(dtype)

@@ -1,5 +1,7 @@
 """The linearized pass against torch.func.jvp in float64, and the products it takes, counted: none is wasted."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,21 @@ from talos_fast.tangents import LowRank, Tangents
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 NEAR = {"rtol": 1e-8, "atol": 1e-10}
 N, SIZES = 5, (7, 11, 13, 3)
-PRODUCTS = [2 * N * i * o for i, o in zip(SIZES[:-1], SIZES[1:], strict=True)]
+PRODUCTS = [2 * N * i * o for i, o in itertools.pairwise(SIZES)]
 
 
-def chain() -> nn.Sequential:
-    return nn.Sequential(*(nn.Linear(i, o) for i, o in zip(SIZES[:-1], SIZES[1:], strict=True)))
+class Chain(nn.Module):
+    """Linear maps, and between them what has no products but saves values that have tangents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(SIZES))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.gelu(layer(x))
+            x = x / x.norm(dim=-1, keepdim=True)
+        return x
 
 
 def counted(line: Linearized, x: torch.Tensor) -> tuple[int, int]:
@@ -33,7 +45,7 @@ def counted(line: Linearized, x: torch.Tensor) -> tuple[int, int]:
 
 
 def test_a_direction_of_everything_takes_three_products_forward_and_two_backward():
-    model = chain()
+    model = Chain()
     tangents = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
     forward, backward = counted(Linearized(model, lambda: tangents), torch.randn(N, SIZES[0]))
     whole, chained = sum(PRODUCTS), sum(PRODUCTS[1:])  # the input of the first layer has no tangent
@@ -43,10 +55,10 @@ def test_a_direction_of_everything_takes_three_products_forward_and_two_backward
 
 def test_factors_take_no_product_of_full_size_but_the_chain_s():
     """Below the first factor there is no tangent, and no frozen weight is multiplied by a tangent of zero."""
-    model, rank = chain(), 2
+    model, rank = Chain(), 2
     b, a = torch.randn(4, rank, requires_grad=True), torch.randn(rank, 11)
     direction = LowRank((13, 11), ((slice(3, 7), b, a),))
-    forward, backward = counted(Linearized(model, lambda: {"1.weight": direction}), torch.randn(N, SIZES[0]))
+    forward, backward = counted(Linearized(model, lambda: {"layers.1.weight": direction}), torch.randn(N, SIZES[0]))
     down, up = 2 * N * 11 * rank, 2 * N * rank * 4
     assert forward == sum(PRODUCTS) + PRODUCTS[2] + down + up
     assert backward == PRODUCTS[2] + up
@@ -173,3 +185,28 @@ def test_the_model_is_as_before_even_after_an_error():
     assert torch.equal(line(-torch.ones(2)), torch.full((2,), -2.0))
     line.alpha = 0.0
     assert torch.equal(line(-torch.ones(2)), torch.full((2,), -1.0))
+
+
+@pytest.mark.parametrize("count, moving", [(1, (0,)), (2, (0,)), (2, (0, 1)), (3, (0,)), (3, (0, 1)), (3, (1,)),
+                                           (3, (0, 1, 2))], ids=str)  # fmt: skip
+def test_a_layer_norm_is_the_derivative_of_torch_s(count, moving):
+    """Without weight and bias, with a weight alone, and with both."""
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    primals = [x, *(torch.randn(3, 4, dtype=torch.float64) for _ in range(count - 1))]
+    tangents = [torch.randn_like(p).requires_grad_() for p in primals]
+
+    def norm(*moved):
+        inputs = list(primals)
+        for place, value in zip(moving, moved, strict=True):
+            inputs[place] = value
+        return F.layer_norm(inputs[0], (3, 4), *inputs[1:], eps=1e-3)
+
+    chosen = tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+    value, slope = torch.func.jvp(norm, *chosen)
+    with Tangents({}):
+        mine, mine_slope = torch.func.jvp(norm, *chosen)
+    torch.testing.assert_close(mine, value, **EXACT)
+    torch.testing.assert_close(mine_slope, slope, **EXACT)
+    cotangent = torch.randn_like(slope)
+    found, expected = (torch.autograd.grad(s, chosen[1], cotangent) for s in (mine_slope, slope))
+    torch.testing.assert_close(found, expected, **EXACT)
