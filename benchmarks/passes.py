@@ -1,8 +1,8 @@
 """Forward and backward of linearized methods, and of frozen weights under autocast, beside how torch does them.
 
-`linearized`, `l-lora`: our expansion beside torch.func.jvp of the model along dense directions with its plain attention,
-in time, counted FLOPs and the most that torch's allocator held at once. `talos`: bf16 autocast with frozen weights cast
-once beside autocast alone, in time and in casts a step.
+`linearized`, `l-lora`: our expansion beside torch.func.jvp of the model along dense directions with its plain
+attention, in time, counted FLOPs and the most that torch's allocator held at once. `talos`: bf16 autocast with frozen
+weights cast once beside autocast alone, in time and in casts a step.
 """
 
 import time

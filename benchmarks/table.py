@@ -7,6 +7,7 @@ a process of its own.
 
 import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,10 +34,10 @@ def test_table(model: str, request: pytest.FixtureRequest) -> None:
     if model not in chosen.models:
         pytest.skip(f"not among the models {', '.join(chosen.models)}")
     table = Table(model, chosen)
-    table.measure()
     path = request.config.getoption("--results") / f"table_{model}_{chosen.device.type}.json"
-    content = merge_rows(path, table.content())
-    write_json(path, content)
+    for _ in table.measured():  # a run that is killed has lost the row it was at
+        content = merge_rows(path, table.content())
+        write_json(path, content)
     print("\n" + text(content))
     assert not table.broken, table.broken
 
@@ -65,8 +66,8 @@ class Table:
         about = environment(self._chosen.device) | self._about
         return {"benchmark": "table", **about, "variants": VARIANTS, "rows": self._rows}
 
-    def measure(self) -> None:
-        """The baselines first, then every other contender beside them."""
+    def measured(self) -> Iterator[dict[str, Any]]:
+        """The rows: the baselines first, then every other contender beside them."""
         order = [(BASELINE, variant) for variant in self._chosen.variants]
         order += [(m, v) for m in self._chosen.methods for v in self._chosen.variants if m != BASELINE]
         workload, reason = self._built()
@@ -77,6 +78,7 @@ class Table:
             else:
                 row |= self._row(workload, method, variant)
             self._rows.append(row)
+            yield row
 
     def _built(self) -> tuple[Workload | None, str]:
         try:
@@ -116,7 +118,8 @@ class Table:
             iteration = contender(workload, method, variant, chosen.bf16)
         key = f"{method} {variant}"
         group = {f"{BASELINE} {name}": baseline for name, baseline in self._baselines.items()} | {key: iteration}
-        timings = interleave(group, chosen.device, warmup=2, rounds=chosen.rounds)
+        # Peaks were read in two iterations already; on a GPU that is warm-up enough, on the CPU it was another process.
+        timings = interleave(group, chosen.device, warmup=1, rounds=chosen.rounds)
         if method == BASELINE:
             self._baselines[variant] = iteration
         if isinstance(iteration, PaperIteration):

@@ -12,8 +12,8 @@ from talos_fast.takeover import PRODUCTS, Takeover
 class CastOnce(Takeover):
     """Products of matrices and convolutions get a cast copy of each frozen weight, made here.
 
-    autocast casts the operands of these functions, and remembers, until it is left, only the casts of leaves that train.
-    So a frozen float32 weight is cast at every use: in each step, and again in a forward that checkpointing repeats.
+    autocast casts the operands of these functions, and remembers, until it is left, the casts of leaves that train. So
+    a frozen float32 weight is cast at every use: in each step, and again in a forward that checkpointing repeats.
     Only what autocast would cast is exchanged, for the same bits, and the model itself is not touched: embeddings,
     norms and the dtypes that its code asks for stay as they are.
 

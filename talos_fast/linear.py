@@ -72,6 +72,9 @@ class Linearized(nn.Module):
         """What the model takes, to f_lin."""
         if self._open:
             return self._evaluated(inputs, named)
+        if torch.compiler.is_compiling():  # which knows no ExitStack; compiled code is not run again
+            with self._expanded():
+                return self._evaluated(inputs, named)
         with ExitStack() as until:
             tangents = until.enter_context(self._expanded())
             output = self._evaluated(inputs, named)
@@ -85,14 +88,16 @@ class Linearized(nn.Module):
 
     def _value(self, dual: Tensor) -> Tensor:
         value, slope = unpack_dual(dual)
-        return value if slope is None else value + self.alpha * slope
+        moved: Tensor = value if slope is None else value + self.alpha * slope
+        return moved
 
     @contextmanager
     def _expanded(self) -> Iterator[Tangents]:
         """Within it the model's parameters are duals, and evaluate with their tangents."""
         directions = self._tangents() if self.alpha else {}
         with evaluating(self.model), dual_level():
-            held, moves = {}, {}
+            held: dict[Tensor, Tensor] = {}
+            moves: dict[Tensor, tuple[Tensor, Direction]] = {}
             for name, p in self.model.named_parameters():
                 start = self._origin[name] if self._origin else p.detach() if p.requires_grad else p
                 direction = directions.get(name)

@@ -51,15 +51,15 @@ Direction = Tensor | LowRank
 
 
 # Hugging Face's code asks for gradients of activations where it checkpoints; that would record the pass of the values.
-_RECORD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
+_RECORD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
 
 class Tangents(Takeover):
     """Within it, and within a dual level, products and attention carry tangents along by formulas of our own.
 
     torch multiplies by the tangents of frozen weights, which are zero, and of attention it differentiates the plain
-    implementation only, which computes in float32 what comes in bfloat16. Its tangents of layer norms under autocast are
-    float32 where their values are bfloat16, which no product takes, and torch.compile cannot trace them.
+    implementation only, which computes in float32 what comes in bfloat16. Its tangents of layer norms are float32 under
+    autocast where their values are bfloat16, which no product takes, and torch.compile cannot trace them.
 
     Args:
         moves: a parameter as the model holds it -> (it without its tangent, where it moves). What moves by factors
@@ -79,7 +79,8 @@ class Tangents(Takeover):
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """One of the functions, on duals."""
         if func in _RECORD:
-            return args[0]
+            activation: Tensor = args[0]
+            return activation
         if func is not F.linear and self._concerns((*args, *kwargs.values())):
             args, kwargs = tree_map_only(Tensor, self._dense, (args, kwargs))
         if func in PRODUCTS:
@@ -121,24 +122,25 @@ class Tangents(Takeover):
 
         if not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             self.again = True  # gradient checkpointing puts hooks where tensors are saved
-        (x, dx), (w, dw) = self._split(input), self._split(weight)
-        b, db = (None, None) if bias is None else self._split(bias)
+        (x, dx), (w, dw) = _split(input), self._split(weight)
+        b, db = self._dense_split(bias)
         output, tangent = product(x, w, b), None if dx is None else product(dx, w)
         if dw is not None:
             tangent = _sum(tangent, dw.linear(x) if isinstance(dw, LowRank) else product(x, dw))
         if db is not None:
-            tangent = _sum(tangent, db.view(-1, *[1] * (w.dim() - 2)).expand_as(output))
-        return output if tangent is None else make_dual(output, tangent.to(output.dtype))
+            tangent = _sum(tangent, db.view(-1, *[1] * (w.dim() - 2)))
+        return _dual(output, tangent)
 
     def _layer_norm(
         self, input: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:  # fmt: skip
-        """w x̂ + b with x̂ = (x - mean) / deviation; its tangent is w (ẋ - mean(ẋ) - x̂ mean(x̂ ẋ)) / deviation + ẇ x̂ + ḃ."""
-        (x, dx), (w, dw), (b, db) = ((None, None) if t is None else self._split(t) for t in (input, weight, bias))
+        """w x̂ + b, x̂ = (x - mean) / deviation; the tangent: w (ẋ - mean(ẋ) - x̂ mean(x̂ ẋ)) / deviation + ẇ x̂ + ḃ."""
+        x, dx = _split(input)
+        (w, dw), (b, db) = self._dense_split(weight), self._dense_split(bias)
         output: Tensor = F.layer_norm(x, shape, w, b, eps)
-        if dx is None and dw is None and db is None:
-            return output
+        if dx is None and dw is None:
+            return _dual(output, db)
         over = tuple(range(-len(shape), 0))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = (wide.var(over, unbiased=False, keepdim=True) + eps).rsqrt()
@@ -149,10 +151,18 @@ class Tangents(Takeover):
             tangent = _sum(tangent, along if w is None else along * w)
         if dw is not None:
             tangent = _sum(tangent, unit * dw)
-        return make_dual(output, tangent.expand_as(output).to(output.dtype))
+        return _dual(output, tangent)
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Direction | None]:
         return self._moves.get(tensor) or _split(tensor)
+
+    def _dense_split(self, tensor: Tensor | None) -> tuple[Any, Tensor | None]:
+        value, direction = (None, None) if tensor is None else self._split(tensor)
+        return value, direction.dense() if isinstance(direction, LowRank) else direction
+
+
+def _dual(value: Tensor, tangent: Tensor | None) -> Tensor:
+    return value if tangent is None else make_dual(value, tangent.expand_as(value).to(value.dtype))
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +195,7 @@ def _attention(
     if slope is not None:
         moved = p * slope
         tangent = _sum(tangent, moved.to(v.dtype) @ v, -moved.sum(-1, keepdim=True).to(v.dtype) * output)
-    return output if tangent is None else make_dual(output, tangent.to(output.dtype))
+    return _dual(output, tangent)
 
 
 def _probabilities(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

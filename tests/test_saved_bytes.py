@@ -1,4 +1,4 @@
-"""What autograd keeps between forward and backward, counted byte by byte: with a TaLoS mask only what the chain needs."""
+"""What autograd keeps for the backward pass, counted byte by byte: with a TaLoS mask only what the chain needs."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def statistics(norms: int) -> int:
 
 
 def test_a_block_keeps_what_its_chain_needs():
-    """Of a block: the inputs of both norms, of the projection to Q, K, V, these three, attention's output, GELU's input.
+    """Of a block: the inputs of both norms, of the projection to Q, K and V, these, attention's output, GELU's input.
 
     The difference between one block that trains and two is one block: the tail above is the same.
     """

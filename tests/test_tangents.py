@@ -154,9 +154,11 @@ def test_factors_are_the_dense_direction(kind, tmp_path):
     factors, parameters = {}, dict(model.named_parameters())
     for name in names:
         outs, ins = parameters[name].shape
-        terms = tuple((rows, torch.randn(len(range(*rows.indices(outs))), 2).double().requires_grad_(),
-                       torch.randn(2, ins).double()) for rows in (slice(0, outs // 3), slice(outs // 2, outs)))  # fmt: skip
-        factors[name] = LowRank((outs, ins), terms)
+        terms = []
+        for rows in (slice(0, outs // 3), slice(outs // 2, outs)):
+            b = torch.randn(len(range(*rows.indices(outs))), 2, dtype=torch.float64, requires_grad=True)
+            terms.append((rows, b, torch.randn(2, ins, dtype=torch.float64)))
+        factors[name] = LowRank((outs, ins), tuple(terms))
     leaves = [b for direction in factors.values() for _, b, _ in direction.terms]
     results = []
     for directions in (factors, {name: direction.dense() for name, direction in factors.items()}):
