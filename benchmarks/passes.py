@@ -6,9 +6,8 @@ weights cast once beside autocast alone, in time and in casts a step.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from backward import allocator_peak
 from contenders import contender
 from measure import interleaved, machine
 from records import revision
-from torch import Tensor, nn
+from rivals import through_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import Workload, build
 
-from talos_fast.forward import Batch, default_forward
-from talos_fast.linear import differentiable_forward
-from talos_fast.methods.l_lora import _adapters, _changes
 from talos_fast.step import Step
 from talos_fast.storage import write_json
 
@@ -34,52 +30,10 @@ MODELS = ("ViT-B-32", "smoke")
 DEFAULT_BATCH = 4
 
 
-def as_torch_has_it(workload: Workload, directions: Callable[[], Mapping[str, Tensor]]) -> Callable[..., Tensor]:
-    """A forward of the expansion by torch.func.jvp, along dense directions."""
-    origin = {name: p.detach() for name, p in workload.model.named_parameters()}
-
-    def forward(model: nn.Module, batch: Batch) -> Tensor:
-        tangents = dict(directions())
-
-        class Called(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def forward(self) -> Tensor:
-                return default_forward(self.model, batch)
-
-        def logits(values: Mapping[str, Tensor]) -> Tensor:
-            named = {f"model.{name}": value for name, value in {**origin, **values}.items()}
-            found: Tensor = torch.func.functional_call(Called(), named, ())
-            return found
-
-        with differentiable_forward(model):
-            value, slope = torch.func.jvp(logits, ({name: origin[name] for name in tangents},), (tangents,))
-        return value + slope
-
-    return forward
-
-
 def torch_s(workload: Workload, method: str) -> Step:
     """A step of the method through torch.func.jvp."""
-    ours = contender(workload, method, "eager", bf16=False)
-    parameters = dict(workload.model.named_parameters())
-    if method == "linearized":
-        trained = ours.setup.trained
-        origin = {name: p.detach().clone() for name, p in trained.items()}
-        forward = as_torch_has_it(workload, lambda: {name: p - origin[name] for name, p in trained.items()})
-        setup = replace(ours.setup, forward=forward, around=nullcontext)
-    else:
-        adapters = _adapters(workload.model.requires_grad_(True), rank=16)
-        workload.model.requires_grad_(False)
-
-        def dense() -> dict[str, Tensor]:
-            return {name: change.dense() for name, change in _changes(adapters, parameters, 2.0).items()}
-
-        trained = {adapter.name + str(adapter.rows): adapter.b for adapter in adapters}
-        setup = replace(ours.setup, trained=trained, forward=as_torch_has_it(workload, dense), around=nullcontext)
-    return Step(setup, workload.model, F.cross_entropy, clip=None, amp="off")
+    setup = contender(workload, method, "eager", bf16=False).setup
+    return Step(through_torch(method, setup, workload), workload.model, F.cross_entropy, clip=None, amp="off")
 
 
 def counted(run: Callable[[], None]) -> dict[str, float]:
