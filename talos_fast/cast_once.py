@@ -35,13 +35,14 @@ class CastOnce(Takeover):
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The function on cast weights, where autocast would cast them."""
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is not self._dtype:
-            return func(*args, **kwargs)
         return func(*map(self._cast, args), **{name: self._cast(value) for name, value in kwargs.items()})
 
     def _cast(self, value: Any) -> Any:
-        return self._casts.get(value, value) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or value not in self._casts:
+            return value
+        device = value.device.type
+        casts = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is self._dtype
+        return self._casts[value] if casts else value
 
 
 def _frozen(model: nn.Module) -> dict[Tensor, None]:

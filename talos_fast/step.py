@@ -108,8 +108,12 @@ class Step:
 
         self.watch.note(norm.detach().reshape(1), ~norm.isfinite(), judge, then)
 
-    def update(self, lr: float) -> None:
-        """One step of the optimizer, which skips it if the watch has tripped."""
+    def update(self, lr: float | Tensor) -> None:
+        """One step of the optimizer, which skips it if the watch has tripped.
+
+        Args:
+            lr: the learning rate; in a CUDA graph a tensor of shape () on the device, to be filled between replays.
+        """
         optimizer: Any = self._setup.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr

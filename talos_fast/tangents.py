@@ -83,6 +83,8 @@ class Tangents(Takeover):
             return activation
         if func is not F.linear and self._concerns((*args, *kwargs.values())):
             args, kwargs = tree_map_only(Tensor, self._dense, (args, kwargs))
+        if func in MATMUL:
+            return self._product(func, *args, *kwargs.values())
         if func in PRODUCTS:
             return self._product(func, *args, **kwargs)
         if func is F.layer_norm:

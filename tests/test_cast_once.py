@@ -99,6 +99,7 @@ def test_where_autocast_is_off_or_another_nothing_is_exchanged():
             assert layer(x).dtype is torch.float16
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype is (x @ layer.weight.t()).dtype is torch.bfloat16
+            assert torch.equal(functional.linear(input=x, weight=layer.weight, bias=layer.bias), layer(x))
             assert functional.embedding(torch.tensor([1]), layer.weight).dtype is torch.float32
 
 

@@ -1,9 +1,10 @@
 """Gradient checkpointing and micro-batches under every method: the same gradients, and the memory they are for."""
 
-import itertools
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from methods_cases import case, setup_of
 from torch import nn
 from torch.nn import functional
@@ -11,6 +12,10 @@ from torch.nn import functional
 from talos_fast.methods import METHODS
 from talos_fast.optim.compact_gradient import CompactGradient
 from talos_fast.step import Step
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from backward import allocator_peak
 
 KINDS = ("clip", "timm", "bert", "t5")
 
@@ -88,14 +93,6 @@ def test_micro_batches_give_the_gradients_of_the_batch(kind, method, tmp_path):
         parts = [tuple(value[half] for value in batch) for half in (slice(2), slice(2, None))]
     # T5's own code computes norms and attention in float32.
     assert_same(gradients(setup, model, parts), gradients(setup, model, [batch]), 1e-5 if kind == "t5" else 1e-12)
-
-
-def allocator_peak(run) -> int:
-    """Bytes: of what torch allocates on the CPU in ``run``, the most that lived at once."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -136,6 +136,14 @@ def test_a_row_that_sees_nothing_is_zero_as_torch_has_it():
     assert gradient.isfinite().all() and not gradient[:, 1].any()
 
 
+def test_products_may_be_given_their_arguments_by_name():
+    x, w, t = (torch.randn(3, 3, dtype=torch.float64) for _ in range(3))
+    for product in (lambda w: torch.matmul(x, other=w), lambda w: F.linear(input=x, weight=w, bias=w[0])):
+        with Tangents({}):
+            found = torch.func.jvp(product, (w,), (t,))
+        torch.testing.assert_close(found, torch.func.jvp(product, (w,), (t,)), **EXACT)
+
+
 def test_a_learned_mask_has_its_tangent():
     q, k, v = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(3))
     mask, dmask = (torch.randn(3, 3, dtype=torch.float64) for _ in range(2))

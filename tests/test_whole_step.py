@@ -1,6 +1,7 @@
 """The whole step compiled without a graph break, without a host sync, and captured in a CUDA graph."""
 
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +32,12 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def take(step: Step, batches, steps: int, around=None):
+def take(step: Step, batches, steps: int, around=nullcontext, lr=1e-3):
     for number in range(steps):
-        with around() if around else torch.enable_grad():
+        with around():
             step.backward(batches[number % len(batches)], f"batch {number}")
             step.clip(f"batch {number}")
-            step.update(1e-3)
+            step.update(lr)
             step.release()
 
 
@@ -71,3 +72,55 @@ def test_forward_and_backward_compile_without_a_break_and_once(method, amp, tmp_
     assert counter.frame_count == 1
     for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-3 if amp == "bf16" else 1e-5)
+
+
+def on_gpu(method: str, folder):
+    """A step on a GPU whose optimizer may be captured, its learning rate, what trains, and one batch."""
+    torch.manual_seed(0)
+    model, batches = case("clip", folder)
+    setup = setup_of(model.cuda().train(), method)
+    for group in setup.optimizer.param_groups:
+        group["capturable"] = True
+    step = Step(setup, model, functional.cross_entropy, clip=1.0, amp="bf16")
+    return step, torch.tensor(1e-3, device="cuda"), setup.trained, [tuple(t.cuda() for t in batches[0])]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replayed_step_is_the_eager_one(method, tmp_path):
+    """Forward, backward, clipping and update in one CUDA graph, under a learning rate that changes between replays."""
+    captured, rate, found, batches = on_gpu(method, tmp_path)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        take(captured, batches, 3, lr=rate)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured.watch.settle()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take(captured, batches, 1, lr=rate)
+    eager, eager_rate, expected, _ = on_gpu(method, tmp_path)
+    take(eager, batches, 3, lr=eager_rate)
+    for number in range(4):
+        for tensor in (rate, eager_rate):
+            tensor.fill_(1e-3 / (number + 1))
+        graph.replay()
+        take(eager, batches, 1, lr=eager_rate)
+    assert captured.watch.tripped == 0
+    for name, p in found.items():
+        torch.testing.assert_close(p, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_bad_replay_changes_nothing(tmp_path):
+    step, rate, trained, batches = on_gpu("talos", tmp_path)
+    take(step, batches, 3, lr=rate)
+    step.watch.settle()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take(step, batches, 1, lr=rate)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    batches[0][0].fill_(float("nan"))
+    graph.replay()
+    assert step.watch.tripped == 1
+    assert all(torch.equal(p, before[name]) for name, p in trained.items())
