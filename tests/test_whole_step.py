@@ -41,14 +41,13 @@ def take(step: Step, batches, steps: int, around=nullcontext, lr=1e-3):
             step.release()
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["clip", "timm", "bert", "t5"])
-def test_no_step_waits_for_the_device(kind, method, amp, tmp_path):
+def test_no_step_waits_for_the_device(kind, method, tmp_path):
     """Unread notes are left for the end, as on a GPU, where reading one takes no operator on the device."""
     model, batches = case(kind, tmp_path)
     setup = setup_of(model, method)
-    step = Step(setup, model, functional.cross_entropy, clip=1.0, amp=amp, lag=100)
+    step = Step(setup, model, functional.cross_entropy, clip=1.0, amp="bf16", lag=100)
     take(step, batches, 1)  # which rows have a gradient is found out once
     take(step, batches, 3, NoSync)
     step.watch.settle()
@@ -56,8 +55,10 @@ def test_no_step_waits_for_the_device(kind, method, amp, tmp_path):
         step.watch.tripped.item()
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, amp",
+    [*((method, "off") for method in METHODS), ("nonlinear", "bf16"), ("talos", "bf16"), ("l-lora", "bf16")],
+)
 def test_forward_and_backward_compile_without_a_break_and_once(method, amp, tmp_path):
     results = []
     for compiled in (False, True):
