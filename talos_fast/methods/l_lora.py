@@ -17,6 +17,7 @@ from talos_fast.indexing import flat_indices, gather
 from talos_fast.linear import Linearized
 from talos_fast.methods.base import Deltas, Request, Setup
 from talos_fast.structure import parts
+from talos_fast.tangents import LowRank
 
 RANK = 16
 LORA_ALPHA = 32.0
@@ -72,7 +73,8 @@ def l_lora(request: Request) -> Setup:
 
     def export() -> Deltas:
         with torch.no_grad():
-            deltas = _deltas(_changes(adapters, parameters, scale))
+            changes = _changes(adapters, parameters, scale)
+            deltas = _deltas({name: change.dense() for name, change in changes.items()})
             Edit(request.model, deltas).move(1.0)
         return deltas
 
@@ -80,7 +82,7 @@ def l_lora(request: Request) -> Setup:
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
     factors = sum(b.nbytes for b in trained.values())
     info = {"linearized": True, "rank": rank, "lora_alpha": alpha, "factor_bytes": factors}
-    return Setup(trained, optimizer, forward, export, info=info)
+    return Setup(trained, optimizer, forward, export, around=expansion.around, info=info)
 
 
 def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
@@ -101,15 +103,12 @@ def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
     return found
 
 
-def _changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """scale · B A0 of every adapted weight, in its shape; differentiable in B."""
-    changes: dict[str, Tensor] = {}
+def _changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: float) -> dict[str, LowRank]:
+    """scale · B A0 of every adapted weight."""
+    terms: dict[str, list[tuple[slice, Tensor, Tensor]]] = {}
     for adapter in adapters:
-        p = parameters[adapter.name]
-        whole = changes.get(adapter.name, torch.zeros_like(p))
-        padding = (0, 0, adapter.rows.start, len(p) - adapter.rows.stop)
-        changes[adapter.name] = whole + nn.functional.pad(scale * adapter.b @ adapter.a, padding)
-    return changes
+        terms.setdefault(adapter.name, []).append((adapter.rows, scale * adapter.b, adapter.a))
+    return {name: LowRank(tuple(parameters[name].shape), tuple(of)) for name, of in terms.items()}
 
 
 def _deltas(changes: Mapping[str, Tensor]) -> Deltas:
