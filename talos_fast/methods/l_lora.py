@@ -26,17 +26,19 @@ ADAPTED = ("query", "value")
 
 @dataclass(frozen=True)
 class Adapter:
-    """scale · B A on some rows of a weight.
+    """scale · B A on some output features of a weight.
 
     Args:
         name: of the weight.
-        rows: that it changes.
-        a: A0, (r, columns); fixed.
+        rows: that it changes, along ``dim``.
+        dim: of the weight, where its output features lie; if 1, as in transformers' ``Conv1D``, (B A)ᵀ is added.
+        a: A0, (r, inputs); fixed.
         b: B, (rows, r); starts at zero, and trains.
     """
 
     name: str
     rows: slice
+    dim: int
     a: Tensor
     b: nn.Parameter
 
@@ -90,11 +92,13 @@ def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
     for name, p in model.named_parameters():
         for part in parts(name, tuple(p.shape)):
             if part.kind in ADAPTED and p.dim() == 2 and p.requires_grad:
-                start, stop, _ = part.rows.indices(len(p))
+                outputs, inputs = p.shape[part.dim], p.shape[1 - part.dim]
+                start, stop, _ = part.rows.indices(outputs)
                 generator = torch.Generator().manual_seed(crc32(f"{name}[{start}:]".encode()))
-                bound = 1 / math.sqrt(p.shape[1])  # kaiming_uniform_(a=√5)
-                a = (2 * torch.rand(rank, p.shape[1], generator=generator) - 1) * bound
-                found.append(Adapter(name, slice(start, stop), a.to(p), nn.Parameter(p.new_zeros(stop - start, rank))))
+                bound = 1 / math.sqrt(inputs)  # kaiming_uniform_(a=√5)
+                a = (2 * torch.rand(rank, inputs, generator=generator) - 1) * bound
+                b = nn.Parameter(p.new_zeros(stop - start, rank))
+                found.append(Adapter(name, slice(start, stop), part.dim, a.to(p), b))
     if not found:
         raise TalosError(
             f"method 'l-lora' adapts queries and values, and {type(model).__name__} has none that requires a gradient "
@@ -107,7 +111,12 @@ def _changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: f
     """scale · B A0 of every adapted weight."""
     terms: dict[str, list[tuple[slice, Tensor, Tensor]]] = {}
     for adapter in adapters:
-        terms.setdefault(adapter.name, []).append((adapter.rows, scale * adapter.b, adapter.a))
+        rows, left, right = adapter.rows, scale * adapter.b, adapter.a
+        if adapter.dim:
+            inputs, outputs = parameters[adapter.name].shape
+            padding = (rows.start, outputs - rows.stop)
+            rows, left, right = slice(0, inputs), right.t(), nn.functional.pad(left.t(), padding)
+        terms.setdefault(adapter.name, []).append((rows, left, right))
     return {name: LowRank(tuple(parameters[name].shape), tuple(of)) for name, of in terms.items()}
 
 
