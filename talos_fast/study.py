@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from talos_fast.cells import Cells
-from talos_fast.mask import Mask
 from talos_fast.merge import AlphaSearch, choose_alpha
 from talos_fast.merging import combine
 from talos_fast.models import Backbone, Classifier

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_real_settings_are_fair():
     for made in accuracy_settings.SETTINGS.values():
         rates = made.plan.learning_rates
         assert set(rates) == set(METHODS) and {len(values) for values in rates.values()} == {4}
-        assert all(2.9 < b / a < 3.4 for values in rates.values() for a, b in zip(values, values[1:], strict=False))
+        assert all(2.9 < b / a < 3.4 for values in rates.values() for a, b in pairwise(values))
         assert made.plan.negation_grid[0] == made.plan.addition_grid[0] == 0 and made.plan.addition_grid[-1] == 1
 
 

@@ -27,6 +27,11 @@ def case(kind: str, folder):
     else:
         backbone, task = tiny_clip() if kind == "clip" else tiny_timm(), image_task()
     model = backbone.classifier(task).double()
+    for module in model.modules():  # dropout draws from one generator in finetune, from another in the loops below
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     return model, list(backbone.batches(task.train, batch_size=4))
 
 

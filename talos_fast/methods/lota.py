@@ -37,9 +37,7 @@ def lota_mask(request: Request, names: Iterable[str]) -> tuple[float, Mask]:
     return density, largest_changes(request.model, changes, density, names)
 
 
-def largest_changes(
-    model: nn.Module, changes: Mapping[str, SparseDelta], density: float, names: Iterable[str]
-) -> Mask:
+def largest_changes(model: nn.Module, changes: Mapping[str, SparseDelta], density: float, names: Iterable[str]) -> Mask:
     """Selects exactly ⌊density · N⌋ of the N entries of the named parameters, those with the largest absolute change.
 
     Raises:

@@ -92,7 +92,7 @@ def lota(request: Request) -> Setup:
     trained = maskable | raw_parameters(request.model)
     for name, p in request.model.named_parameters():
         p.requires_grad_(name in trained)
-    scores = {
+    scores: dict[Tensor, Tensor] = {
         p: mask[name].to(p) * (1 - SOFT) + SOFT if name in maskable else torch.ones_like(p)
         for name, p in trained.items()
     }
