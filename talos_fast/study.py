@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from talos_fast.cells import Cells
+from talos_fast.mask import Mask
 from talos_fast.merge import AlphaSearch, choose_alpha
 from talos_fast.merging import combine
 from talos_fast.models import Backbone, Classifier
@@ -48,7 +49,7 @@ class Study:
     def run(self) -> StudyResult:
         """Calibrates, fine-tunes, adds and negates."""
         zero_shot, control = self.zero_shot()
-        masks = {task.name: self._learner.mask(task) for task in self._bar(self._tasks, "calibrate")}
+        masks = {task.name: self.mask(task) for task in self._bar(self._tasks, "calibrate")}
         rows, vectors = [], {}
         for method in self._plan.learning_rates:
             row, vectors[method] = self.learn(method)
@@ -65,6 +66,10 @@ class Study:
 
         found = self._cells.value("zero_shot", measure)
         return found["tasks"], found["control"]
+
+    def mask(self, task: Task) -> Mask:
+        """The TaLoS mask of a task."""
+        return self._learner.mask(task)
 
     def row(self, method: str) -> dict[str, Any]:
         """`learn` and `edit` as JSON, measured once."""

@@ -96,11 +96,11 @@ def test_an_ablation_row_of_one_kind(results, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_step_of_a_small_t5(method):
-    row = t5_large_step.one_step(method, tiny=True)
-    assert row["finite"] and row["moved"] > 0 and row["peak_bytes"] > 2**20
-    assert row["moved"] < row["parameters"] * {"lota": 0.11, "talos": 0.2, "l-lora": 0.4}.get(method, 1.01)
+    row = t5_large_step.one_step("smoke-T5", method)
+    assert row["everything_moved"] and row["parameters"] > 0
+    assert row["peak_bytes"] is None or row["peak_bytes"] > row["above_bytes"]
 
 
 def test_a_step_that_does_not_fit_is_not_started(monkeypatch):
     monkeypatch.setattr(t5_large_step, "bytes_free", lambda device: 2**30)
-    assert t5_large_step.measure("lota") == {"missing": "needs about 18 GiB, 1.0 GiB were free"}
+    assert t5_large_step.measure("T5-Large", "lota") == {"missing": "needs about 10 GiB, 1.0 GiB were free"}
