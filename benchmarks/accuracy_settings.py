@@ -96,6 +96,6 @@ SETTINGS = {
     ),
     "vit": Setting(
         vit, lambda: [real(name) for name in IMAGES], lambda: real("cifar10"), lambda: real("fashion_mnist"),
-        Plan(rates(nonlinear=3e-5, linearized=1e-4, l_lora=1e-3, lota=1e-4, talos=3e-4), steps=100, **SMALL),
+        Plan(rates(nonlinear=1e-4, linearized=1e-4, l_lora=1e-3, lota=3e-4, talos=1e-3), steps=60, **SMALL),
     ),
 }  # fmt: skip
