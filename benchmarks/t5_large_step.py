@@ -28,7 +28,7 @@ PATH = RESULTS / "t5_large_step.json"
 GIB = 2**30
 # Known before the first run: parameters are 2.75 GiB, and as much their gradients, each of two moments, and for
 # linearized the origin and the direction. The rest is masks, activations and the libraries.
-NEEDED = {"nonlinear": 13, "linearized": 17, "l-lora": 8, "lota": 10, "talos": 8}
+NEEDED = {"nonlinear": 13, "linearized": 15, "l-lora": 7, "lota": 8, "talos": 7}
 
 
 def one_step(model: str, method: str) -> dict[str, Any]:
