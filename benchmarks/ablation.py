@@ -59,16 +59,18 @@ def of_kind(mask: Mask, kind: str) -> Mask:
     return Mask(kept, base=mask.base, info={**mask.info, "only": kind})
 
 
-def measure(setting_name: str, name: str, plan: Plan, only: str | None, out: Path, tasks: int | None) -> dict:
-    """One row; every accuracy is of validation data."""
-    setting = SETTINGS[setting_name]
+def measure(name: str, variant: str, change: dict, default: Plan, out: Path, tasks: int | None) -> dict:
+    """The row of a variant; every accuracy is of validation data. Masks that it shares with the default are reused."""
+    setting, only = SETTINGS[name], change.get("only")
+    plan = replace(default, **{key: value for key, value in change.items() if key != "only"})
     backbone, chosen = setting.load(), setting.tasks()[:tasks]
-    folder = out / f"ablation-{setting_name}"
-    cells = Cells(folder / "".join(c if c.isalnum() else "_" for c in name), asdict(plan))
-    if only is not None:
-        default = Study(backbone, chosen, None, plan, cells=Cells(folder / "default", asdict(plan)))
+    folder = out / f"ablation-{name}"
+    cells = Cells(folder / "".join(c if c.isalnum() else "_" for c in variant), asdict(plan))
+    if not change.keys() & {"density", "samples", "calibration"}:
+        shared = Study(backbone, chosen, None, default, cells=Cells(folder / "default", asdict(default)))
         for task in chosen:
-            cells.mask(f"masks/{task.name}", lambda task=task: of_kind(default.mask(task), only))
+            mask = shared.mask(task)
+            cells.mask(f"masks/{task.name}", lambda mask=mask: mask if only is None else of_kind(mask, only))
     study = Study(
         backbone, chosen, setting.control(), plan, progress=False, cells=cells, stand_in=setting.stand_in()
     )  # fmt: skip
@@ -107,15 +109,14 @@ def main() -> None:
     name, committed = arguments.setting, RESULTS / arguments.setting / "talos_seed0.json"
     lr = arguments.lr or float(json.loads(committed.read_text())["lr"])
     plan = SETTINGS[name].plan
-    default = replace(plan, learning_rates={"talos": (lr,)}, extend=0)
+    # One test example, for form's sake: nothing here may depend on test data.
+    default = replace(plan, learning_rates={"talos": (lr,)}, extend=0, test_limit=1)
     path = RESULTS / f"ablation_{name}.json"
     found: dict[str, dict] = json.loads(path.read_text()) if path.is_file() else {}
     for variant, change in variants(lr, plan.steps).items():
         if arguments.rows and variant not in arguments.rows:
             continue
-        changed = {key: value for key, value in change.items() if key != "only"}
-        only = change.get("only")
-        found[variant] = measure(name, variant, replace(default, **changed), only, arguments.out, arguments.tasks)
+        found[variant] = measure(name, variant, change, default, arguments.out, arguments.tasks)
         write_json(path, found)
         ordered = {name: found[name] for name in variants(lr, plan.steps) if name in found}
         path.with_suffix(".md").write_text(markdown(ordered), encoding="utf-8")

@@ -88,7 +88,7 @@ def test_an_ablation_row_of_one_kind(results, tmp_path):
     assert counts["query"].selected == density_by_kind(mask)["query"].selected > 0
     assert sum(count.selected for count in counts.values()) == counts["query"].selected
     plan = Plan(**{**asdict(PLAN), "learning_rates": {"talos": (1e-2,)}, "density": 0.5})
-    row = ablation.measure("small", "only queries", plan, "query", tmp_path, 1)
+    row = ablation.measure("small", "only queries", {"only": "query"}, plan, tmp_path, 1)
     used = Mask.load(tmp_path / "ablation-small" / "only_queries" / "masks" / "three.safetensors")
     assert used.info["only"] == "query" and row["tasks"] == ["three"]
     assert "| only queries | 0.01 |" in ablation.markdown({"only queries": row})
