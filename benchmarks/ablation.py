@@ -1,6 +1,8 @@
-"""What the TaLoS recipe is made of, one change at a time, on the embedded tiny CLIP; judged on validation data only.
+"""What the TaLoS recipe is made of, one change at a time; judged on validation data only.
 
-python benchmarks/ablation.py --out FOLDER    # resumable; writes results/accuracy/ablation.json and .md
+    python benchmarks/ablation.py --setting clip --out FOLDER    # resumable; writes results/accuracy/ablation_clip.*
+
+The learning rate is that of the committed row of seed 0, unless it is what changes.
 """
 
 import argparse
@@ -9,21 +11,30 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from accuracy import RESULTS, SETTINGS, mean
+from accuracy_settings import SETTINGS
+from accuracy_table import RESULTS, mean
 
+from talos_fast import Mask
 from talos_fast.cells import Cells
 from talos_fast.storage import write_json
+from talos_fast.structure import parts
 from talos_fast.study import Plan, Study
 
 COLUMNS = ("recipe", "lr", "single", "added", "norm.", "α", "target", "control")
 
 
-def variants(lr: float) -> dict[str, dict]:
-    """Name -> what differs from the default: density 0.1, 4 rounds, damage 0.1, fisher, 256 samples, ``lr``."""
+def variants(lr: float, steps: int) -> dict[str, dict]:
+    """Name -> what differs from the default: density 0.1, 4 rounds, damage 0.1, fisher, 256 samples, ``lr``.
+
+    "only" is no field of the plan: the kind of entries (`talos_fast.structure`) that stays of the default's mask.
+    """
     return {
         "default": {},
         "learning rate / 3": {"learning_rates": {"talos": (lr / 3,)}},
         "learning rate / 10": {"learning_rates": {"talos": (lr / 10,)}},
+        "learning rate × 3": {"learning_rates": {"talos": (lr * 3,)}},
+        "only queries": {"only": "query"},
+        "only keys": {"only": "key"},
         "density 0.03": {"density": 0.03},
         "density 0.3": {"density": 0.3},
         "1 round": {"calibration": {"rounds": 1}},
@@ -33,30 +44,51 @@ def variants(lr: float) -> dict[str, dict]:
         "empirical Fisher": {"calibration": {"estimator": "empirical"}},
         "64 samples": {"samples": 64},
         "no weight decay": {"weight_decay": 0.0},
-        "steps × 3, learning rate / 3": {"steps": 600, "learning_rates": {"talos": (lr / 3,)}},
+        "steps × 3, learning rate / 3": {"steps": 3 * steps, "learning_rates": {"talos": (lr / 3,)}},
     }
 
 
-def measure(name: str, plan: Plan, out: Path) -> dict:
-    """One row; every accuracy is of validation data."""
-    setting = SETTINGS["clip"]
-    folder = out / "ablation" / "".join(c if c.isalnum() else "_" for c in name)
+def of_kind(mask: Mask, kind: str) -> Mask:
+    """What a mask selects of one kind of entries."""
+    kept = {}
+    for name, tensor in mask.items():
+        kept[name] = torch.zeros_like(tensor)
+        for part in parts(name, tuple(tensor.shape)):
+            if part.kind == kind:
+                kept[name][part.rows] = tensor[part.rows]
+    return Mask(kept, base=mask.base, info={**mask.info, "only": kind})
+
+
+def measure(name: str, variant: str, change: dict, default: Plan, out: Path, tasks: int | None) -> dict:
+    """The row of a variant; every accuracy is of validation data. Masks that it shares with the default are reused."""
+    setting, only = SETTINGS[name], change.get("only")
+    plan = replace(default, **{key: value for key, value in change.items() if key != "only"})
+    backbone, chosen = setting.load(), setting.tasks()[:tasks]
+    folder = out / f"ablation-{name}"
+    cells = Cells(folder / "".join(c if c.isalnum() else "_" for c in variant), asdict(plan))
+    if not change.keys() & {"density", "samples", "calibration"}:
+        shared = Study(backbone, chosen, None, default, cells=Cells(folder / "default", asdict(default)))
+        for task in chosen:
+            mask = shared.mask(task)
+            cells.mask(f"masks/{task.name}", lambda mask=mask: mask if only is None else of_kind(mask, only))
     study = Study(
-        setting.load(), setting.tasks(), setting.control(), plan, progress=False, cells=Cells(folder, asdict(plan))
-    )
+        backbone, chosen, setting.control(), plan, progress=False, cells=cells, stand_in=setting.stand_in()
+    )  # fmt: skip
     row = study.row("talos")
     addition, negation = row["addition"], row["negation"].values()
     best = next(trial for trial in addition["trials"] if trial["alpha"] == addition["alpha"])
-    chosen = [next(t for t in search["trials"] if t["alpha"] == search["alpha"]) for search in negation]
+    found = [next(t for t in search["trials"] if t["alpha"] == search["alpha"]) for search in negation]
     return {
         "lr": row["lr"], "single": mean(dict(enumerate(addition["references"]))),
         "added": mean(dict(enumerate(best["accuracies"]))), "norm.": mean(dict(enumerate(best["normalized"]))),
-        "α": addition["alpha"], "target": mean({i: t["accuracies"][0] for i, t in enumerate(chosen)}),
-        "control": mean({i: t["control"] for i, t in enumerate(chosen)}), "plan": asdict(plan),
+        "α": addition["alpha"], "target": mean({i: t["accuracies"][0] for i, t in enumerate(found)}),
+        "control": mean({i: t["control"] for i, t in enumerate(found)}), "tasks": [task.name for task in chosen],
+        "plan": asdict(plan),
     }  # fmt: skip
 
 
 def markdown(found: dict[str, dict]) -> str:
+    """The rows as a table, accuracies in percent."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]
     for name, row in found.items():
         shown = [f"{100 * row[key]:.1f}" for key in ("single", "added", "norm.", "target", "control")]
@@ -68,16 +100,27 @@ def markdown(found: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("accuracy-output"))
-    out = parser.parse_args().out
+    parser.add_argument("--setting", choices=list(SETTINGS), default="clip")
+    parser.add_argument("--tasks", type=int, help="only the first ones")
+    parser.add_argument("--rows", nargs="*", help="only these; default: all")
+    parser.add_argument("--lr", type=float, help="default: of the committed row of seed 0")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lr = float(json.loads((RESULTS / "clip" / "talos_seed0.json").read_text())["lr"])
-    default = replace(SETTINGS["clip"].plan, learning_rates={"talos": (lr,)}, extend=0)
-    found: dict[str, dict] = {}
-    for name, change in variants(lr).items():
-        found[name] = measure(name, replace(default, **change), out)
-        write_json(RESULTS / "ablation.json", found)
-        (RESULTS / "ablation.md").write_text(markdown(found), encoding="utf-8")
-        print(markdown({name: found[name]}).splitlines()[-1], flush=True)
+    name, committed = arguments.setting, RESULTS / arguments.setting / "talos_seed0.json"
+    lr = arguments.lr or float(json.loads(committed.read_text())["lr"])
+    plan = SETTINGS[name].plan
+    # One test example, for form's sake: nothing here may depend on test data.
+    default = replace(plan, learning_rates={"talos": (lr,)}, extend=0, test_limit=1)
+    path = RESULTS / f"ablation_{name}.json"
+    found: dict[str, dict] = json.loads(path.read_text()) if path.is_file() else {}
+    for variant, change in variants(lr, plan.steps).items():
+        if arguments.rows and variant not in arguments.rows:
+            continue
+        found[variant] = measure(name, variant, change, default, arguments.out, arguments.tasks)
+        write_json(path, found)
+        ordered = {name: found[name] for name in variants(lr, plan.steps) if name in found}
+        path.with_suffix(".md").write_text(markdown(ordered), encoding="utf-8")
+        print(markdown({variant: found[variant]}).splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint, require_base
 from talos_fast.forward import Batches, Forward, default_forward
 from talos_fast.mask import Mask
-from talos_fast.methods import Options, Request, Setup, get_method
+from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas
 from talos_fast.step import Amp, Loss
 from talos_fast.task_vector import TaskVector
@@ -33,6 +33,7 @@ def finetune(
     finetuned: TaskVector | None = None,
     rank: int | None = None,
     lora_alpha: float | None = None,
+    compat: Compat = "paper",
     forward: Forward | None = None,
     loss: Loss | None = None,
     epochs: int | None = None,
@@ -62,6 +63,10 @@ def finetune(
         density: lota: the fraction that trains, default 0.1.
         finetuned: lota: the vector of a full fine-tuning on this task; by default one comes first, with this recipe.
         rank, lora_alpha: l-lora: of the adapters, default 16 and 32.
+        compat: "paper", or "released": what the paper's released code computes for talos, lota and l-lora where that
+            gives other numbers; `talos_fast.methods.released` says what and why the default differs. Its calibration
+            is `calibrate` with ``estimator="sampled-logit"``; its vision code reads the training set in the same order
+            each epoch, which a list of batches does here. For "nonlinear" and "linearized" nothing changes.
         forward: ``forward(model, batch) -> logits (N, K)``; default: call the model.
         loss: ``loss(logits, labels) -> scalar``; default: cross-entropy.
         epochs, steps: how long; one of them. Default: one epoch. ``steps`` counts optimizer steps.
@@ -86,7 +91,7 @@ def finetune(
             batch is named and its step not taken); a checkpoint of another run.
     """
     recipe = _recipe(batches, epochs, steps, lr, warmup, schedule, clip, accumulate, amp, seed)
-    chosen = get_method(method)
+    chosen = get_method(method, compat)
     options = Options(mask, density, finetuned, rank, lora_alpha)
     chosen.check(options)
     for what, recorded in (("the mask", mask), ("finetuned=", finetuned)):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from talos_fast.mask import Mask
-from talos_fast.merge import AlphaSearch
+from talos_fast.merge import GRID, AlphaSearch
 from talos_fast.task_vector import TaskVector
 
 
@@ -19,7 +19,8 @@ class Plan:
         extend: how many rates beyond an end of these a method may try, in the same proportion, while an end is best.
         selection: the rate is chosen on the first tasks, this many; None: on all.
         steps: of fine-tuning a task.
-        batch_size: of everything.
+        batch_size: of calibration and fine-tuning.
+        evaluation_batch: of evaluation; smaller ones need less padding of texts.
         density: of the masks of TaLoS and LoTA.
         samples: inputs to calibrate on.
         calibration: further options of `calibrate`.
@@ -27,12 +28,15 @@ class Plan:
         limit: at most this many examples of a validation split.
         test_limit: at most this many of a test split.
         control_floor: fraction of the control accuracy that negation keeps.
+        addition_grid, negation_grid: the α to try, ascending, from 0 on; the paper's 0, 0.05, … 1. Negation at equal
+            control may need more than 1 of a vector that moves little.
         seed: of everything.
     """
 
     learning_rates: dict[str, tuple[float, ...]]
     steps: int
     batch_size: int = 32
+    evaluation_batch: int = 128
     density: float = 0.1
     samples: int = 256
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +46,8 @@ class Plan:
     limit: int | None = None
     test_limit: int | None = None
     control_floor: float = 0.95
+    addition_grid: tuple[float, ...] = GRID
+    negation_grid: tuple[float, ...] = GRID
     seed: int = 0
 
 

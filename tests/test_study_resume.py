@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 from tiny_models import image_task, tiny_clip
 
-from talos_fast import TalosError, study
+from talos_fast import TalosError, study_learner
 from talos_fast.cells import Cells
 from talos_fast.study import Plan, Study
 
@@ -30,7 +30,7 @@ def without_seconds(found: dict) -> dict:
 
 def test_killed_and_resumed_measures_the_same(backbone, tmp_path, monkeypatch):
     whole = json.loads(json.dumps(rows(backbone, PLAN, Cells())))
-    train, calls = study.finetune, []
+    train, calls = study_learner.finetune, []
 
     def dying(*arguments, **options):
         calls.append(options["method"])
@@ -38,7 +38,7 @@ def test_killed_and_resumed_measures_the_same(backbone, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
-    monkeypatch.setattr(study, "finetune", dying)
+    monkeypatch.setattr(study_learner, "finetune", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             rows(backbone, PLAN, Cells(tmp_path, asdict(PLAN)))
@@ -59,8 +59,8 @@ def test_rates_grow_while_the_end_is_best(backbone, monkeypatch):
     """Validation accuracy rises with the rate up to 8 and falls after it: 1, 2 grow to 4, 8 and 16."""
     plan = replace(PLAN, learning_rates={"nonlinear": (1.0, 2.0)}, extend=5)
     made = Study(backbone, [image_task()], image_task(), plan, progress=False)
-    monkeypatch.setattr(made, "_trained", lambda method, lr, task: {"validation": -abs(lr - 8.0)})
-    found = made.rate("nonlinear")
+    monkeypatch.setattr(made._learner, "trained", lambda method, lr, task: {"validation": -abs(lr - 8.0)})
+    found = made._learner.rate("nonlinear")
     assert found["lr"] == 8.0 and [float(lr) for lr in found["validation_by_lr"]] == [1, 2, 4, 8, 16]
 
 
@@ -68,5 +68,5 @@ def test_the_control_has_a_stand_in_when_it_is_forgotten(backbone):
     plan, other = replace(PLAN, learning_rates={"nonlinear": (1e-3,)}), image_task("five", 5)
     negation = rows(backbone, plan, Cells(), stand_in=other)["nonlinear"]["negation"]
     control = Study(backbone, [other], other, plan, progress=False)
-    reference = control._validate(other, control._nothing, [0.0])[0]
+    reference = control._examiner.validate(other, control._nothing)[0]
     assert negation["four"]["control"] == reference

@@ -17,7 +17,7 @@ from talos_fast.cli.inspect import app as inspect_app
 from talos_fast.cli.profile import app as profile_app
 from talos_fast.cli.suite import app as suite_app
 from talos_fast.evaluate import evaluate_along
-from talos_fast.methods import METHODS
+from talos_fast.methods import METHODS, Compat
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.uses import Precision
 from talos_fast.step import Amp
@@ -100,6 +100,7 @@ def finetune(
     finetuned: Annotated[Path | None, typer.Option(help="Vector of a nonlinear run, for lota; else one first.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the adapters of l-lora; default 16.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="They act times this / rank; default 32.")] = None,
+    compat: Annotated[Compat, typer.Option(help="Or as the released code has it.")] = "paper",
     epochs: Annotated[int | None, typer.Option(help="How long, or --steps; default 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate; talos takes 10 to 30 times that of nonlinear.")] = 1e-5,
@@ -125,9 +126,9 @@ def finetune(
         with restored(dict(classifier.named_parameters())):
             vector = talos.finetune(
                 classifier, batches, method=method, mask=selected, density=density, finetuned=full, rank=rank,
-                lora_alpha=lora_alpha, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup,
-                schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, checkpoint_dir=checkpoint,
-                resume=resume, seed=run.seed, progress=not run.quiet,
+                lora_alpha=lora_alpha, compat=compat, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay,
+                warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp,
+                checkpoint_dir=checkpoint, resume=resume, seed=run.seed, progress=not run.quiet,
             )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from {checkpoint}", err=True)

@@ -10,7 +10,9 @@ from talos_fast.methods.base import Request, Setup, differences, snapshot
 from talos_fast.optim import MaskedAdam
 
 
-def masked(request: Request, mask: Mask, info: dict[str, Any] | None = None) -> Setup:
+def masked(
+    request: Request, mask: Mask, info: dict[str, Any] | None = None, optimizer_class: type[MaskedAdam] = MaskedAdam
+) -> Setup:
     """Trains what the mask selects with MaskedAdam; every other entry stays bit-identical.
 
     Gradients of linear layers are computed for rows with selected entries only, and kept for selected entries only. So
@@ -25,7 +27,7 @@ def masked(request: Request, mask: Mask, info: dict[str, Any] | None = None) -> 
     parameters = dict(request.model.named_parameters())
     trained = {name: parameters[name] for name in names}
     origin = snapshot(trained)
-    optimizer = MaskedAdam(
+    optimizer = optimizer_class(
         list(trained.items()), lr=request.lr, weight_decay=request.weight_decay,
         masks={name: mask[name] for name in names}, fused=True,
     )  # fmt: skip

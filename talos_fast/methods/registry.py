@@ -1,6 +1,9 @@
 """Method names."""
 
+from typing import Literal
+
 from talos_fast.errors import TalosError
+from talos_fast.methods import released
 from talos_fast.methods.base import Method
 from talos_fast.methods.l_lora import l_lora
 from talos_fast.methods.linearized import linearized
@@ -20,12 +23,26 @@ METHODS: dict[str, Method] = {
 }
 
 
-def get_method(name: str) -> Method:
-    """The method called ``name``.
+RELEASED = {
+    method.name: method
+    for method in (
+        Method("l-lora", released.l_lora, METHODS["l-lora"].takes),
+        Method("lota", released.lota, METHODS["lota"].takes),
+        Method("talos", released.talos, METHODS["talos"].takes),
+    )
+}
+
+Compat = Literal["paper", "released"]
+
+
+def get_method(name: str, compat: Compat = "paper") -> Method:
+    """The method called ``name``, as the paper defines it or as its released code computes it.
 
     Raises:
         TalosError: there is none.
     """
     if name not in METHODS:
         raise TalosError(f"method={name!r}: choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+    if compat not in ("paper", "released"):
+        raise TalosError(f"compat={compat!r}: choose 'paper' or 'released'")
+    return (METHODS | RELEASED if compat == "released" else METHODS)[name]
