@@ -1,12 +1,13 @@
 """Batches in, logits out: the one hook that adapts any model, and the checks on what comes through it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from talos_fast.errors import TalosError
 
@@ -97,9 +98,25 @@ def usable_device(device: torch.device | str, what: str) -> torch.device:
     return where
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """The batch with ``function`` of every tensor in it, in order; mappings of any type, such as BatchEncoding, too."""
+
+    def apply(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not isinstance(leaf, Mapping):
+            return leaf
+        mapped = copy(leaf) if isinstance(leaf, MutableMapping) else dict(leaf)
+        for key, value in leaf.items():
+            mapped[key] = map_tensors(function, value)
+        return mapped
+
+    return tree_map(apply, batch, is_leaf=lambda node: isinstance(node, Mapping))
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor in it on ``device``."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def take(batch: Batch, start: int, stop: int, size: int) -> Batch:
@@ -108,7 +125,7 @@ def take(batch: Batch, start: int, stop: int, size: int) -> Batch:
     def rows(tensor: Tensor) -> Tensor:
         return tensor[start:stop] if tensor.dim() and tensor.shape[0] == size else tensor
 
-    return tree_map_only(Tensor, rows, batch)
+    return map_tensors(rows, batch)
 
 
 def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def run(twin, scores, inputs, grads, scale=1.0, threads=1):
 
 
 def operands(samples, tokens, outs, ins):
-    spread = 2.0 ** torch.randint(-20, 20, (samples, 1, 1))
+    spread = 2.0 ** torch.randint(-3, 4, (samples, 1, 1))
     return (torch.randn(samples, tokens, ins) * spread).bfloat16(), torch.randn(samples, tokens, outs).bfloat16()
 
 
@@ -164,7 +164,7 @@ def test_the_operator_takes_amx_exactly_where_it_may(twin):
     inputs, grads = operands(1, 70, 100, 90)
     scores = ops.accumulate_squared_per_sample_(torch.zeros(100, 90), inputs, grads)
     by_amx = run(twin, torch.zeros(100, 90), inputs, grads)
-    torch.testing.assert_close(scores, by_amx)
+    torch.testing.assert_close(scores, by_amx, rtol=1e-4, atol=1e-6 * float(by_amx.max()))
     assert torch.equal(scores, by_amx) == may_use_amx()  # other instructions sum in another order
 
 

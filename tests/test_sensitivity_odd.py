@@ -1,6 +1,8 @@
 """Models, data and options out of the ordinary: scored exactly, or refused with the reason."""
 
 import logging
+from collections import UserDict
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -84,6 +86,37 @@ def test_under_a_mode_without_gradients_and_with_tensors_made_there(mode):
     truth = expected(model, (x, y))
     with mode():
         assert_equal(scores(model, (x * 1.0, y)), truth)
+
+
+class Text(nn.Module):
+    """Takes its input by name; only one of its layers has a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Bilinear(6, 6, 6), nn.Linear(6, 4)
+
+    def forward(self, ids):
+        return self.out(torch.tanh(self.first(ids, ids)))
+
+
+def encoding(batch):
+    from transformers import BatchEncoding
+
+    return BatchEncoding(batch)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("make", [
+    encoding, lambda batch: UserDict(batch), lambda batch: MappingProxyType(batch),
+], ids=["BatchEncoding", "UserDict", "read-only"])  # fmt: skip
+def test_mappings_of_every_type_are_taken_apart(make, caplog):
+    model, (x, y) = randomized(Text()), data(4, 6)
+    options = dict(estimator="sampled-logit", labels=[y], include=["*"])
+    found = sensitivities(model, [make({"ids": x, "labels": y})], **options)
+    assert_equal(found, expected(model, (x, y)))
+    assert uncovered(caplog) == ["first.weight", "first.bias"]
+    forward = lambda model, batch: model(batch[0]["ids"])  # noqa: E731
+    assert_equal(sensitivities(model, [(make({"ids": x}), y)], forward=forward, **options), found)
 
 
 class Wrapped(nn.Linear):

@@ -7,16 +7,15 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch
+from talos_fast.forward import Batch, map_tensors
 
 
 def differentiable(batch: Batch) -> Batch:
     """The batch with copies of tensors that were made under `torch.inference_mode`, which autograd refuses."""
-    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 @contextmanager

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward, functional_forward, take
+from talos_fast.forward import Batch, Forward, functional_forward, map_tensors, take
 from talos_fast.sensitivity.uses import Accumulator
 
 logger = logging.getLogger("talos_fast")
@@ -59,18 +58,26 @@ def _by_vmap(
     model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor
 ) -> dict[str, Tensor]:
     """Name -> per-sample gradients (N, *shape), by ``vmap(grad)``."""
-    leaves, structure = tree_flatten(batch)
-    batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == len(probe) for leaf in leaves]
+    rows: list[Tensor] = []
+
+    def is_led_by_samples(tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and tensor.shape[0] == len(probe)
+
+    def collect(tensor: Tensor) -> Tensor:
+        if is_led_by_samples(tensor):
+            rows.append(tensor)
+        return tensor
+
+    map_tensors(collect, batch)
 
     def scalar(tracked: dict[str, Tensor], coefficients: Tensor, *rows: Tensor) -> Tensor:
         split = iter(rows)
-        one = [next(split).unsqueeze(0) if is_row else leaf for leaf, is_row in zip(leaves, batched, strict=True)]
-        logits = functional_forward(forward, model, tracked, tree_unflatten(one, structure))
+        one = map_tensors(lambda tensor: next(split)[None] if is_led_by_samples(tensor) else tensor, batch)
+        logits = functional_forward(forward, model, tracked, one)
         total: Tensor = (logits[0] * coefficients).sum()
         return total
 
     tracked = {name: parameter.detach() for name, parameter in parameters.items()}
-    rows = [leaf for leaf, is_row in zip(leaves, batched, strict=True) if is_row]
     per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
     return per_sample(tracked, probe, *rows)
 
