@@ -95,10 +95,15 @@ class Table:
 
     def _read_peaks(self, order: list[tuple[str, str]]) -> None:
         for method, variant in order:
-            if not self._lacking(method, variant, baselines=0):
-                chosen = self._chosen
-                peak = peak_in_own_process(self._model, self._size, method, variant, chosen.bf16)
+            if self._lacking(method, variant, baselines=0):
+                continue
+            try:
+                peak = peak_in_own_process(self._model, self._size, method, variant, self._chosen.bf16)
                 self._peaks[method, variant] = peak
+            except ImportError:
+                raise
+            except Exception as error:  # the other peaks must not be lost with this one
+                self._break(method, variant, error)
 
     def _built(self) -> Workload:
         workload = build(self._model, self._size, self._chosen.device)
@@ -112,14 +117,17 @@ class Table:
         except torch.OutOfMemoryError:
             return {"missing": "out of memory"}
         except Exception as error:  # the other rows must not be lost with this one
-            message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            self.broken.append(f"{method}, {variant}: {message}")
-            return {"missing": message}
+            return {"missing": self._break(method, variant, error)}
         finally:
             workload.model.zero_grad(set_to_none=True)
             gc.collect()
             if self._chosen.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _break(self, method: str, variant: str, error: Exception) -> str:
+        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        self.broken.append(f"{method}, {variant}: {message}")
+        return message
 
     def _measured(self, workload: Workload, method: str, variant: str) -> dict[str, Any]:
         chosen = self._chosen

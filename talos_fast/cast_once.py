@@ -17,8 +17,8 @@ class CastOnce(Takeover):
     Only what autocast would cast is exchanged, for the same bits, and the model itself is not touched: embeddings,
     norms and the dtypes that its code asks for stay as they are.
 
-    The copies are 2 bytes an entry for as long as this lives. The peak of a step is no higher: autograd keeps the
-    casts of all frozen weights above the lowest layer that trains until the backward pass has used them.
+    The copies are 2 bytes an entry for as long as this lives. The peak of a step stays about what it is: autograd keeps
+    its own casts of all frozen weights above the lowest layer that trains until the backward pass has used them.
 
     Args:
         model: its parameters that require no gradient, and its buffers, must not change from now on.
