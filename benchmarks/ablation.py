@@ -55,7 +55,7 @@ def of_kind(mask: Mask, kind: str) -> Mask:
         kept[name] = torch.zeros_like(tensor)
         for part in parts(name, tuple(tensor.shape)):
             if part.kind == kind:
-                kept[name][part.rows] = tensor[part.rows]
+                part.of(kept[name]).copy_(part.of(tensor))
     return Mask(kept, base=mask.base, info={**mask.info, "only": kind})
 
 

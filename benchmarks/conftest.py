@@ -41,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--benchmark"):
-        for item in items:
+    for item in items:
+        if config.getoption("--benchmark"):
+            item.add_marker(pytest.mark.timeout(0))  # the limit of tests; a table of large models takes its hour
+        else:
             item.add_marker(pytest.mark.skip(reason="benchmarks run with --benchmark"))

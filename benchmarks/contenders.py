@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rivals import OPTIONS, PaperIteration, as_the_paper_ran_it
+from rivals import OPTIONS, PaperIteration, as_the_paper_ran_it, through_torch
 from workloads import Workload, build
 
 from talos_fast.forward import default_forward, labels_of
@@ -18,7 +18,8 @@ from talos_fast.profiling.measure import run_twice
 from talos_fast.profiling.memory import Memory, above
 
 VARIANTS = {
-    "paper": "as the paper ran it: eager, GradScaler, dense clip, AdamW foreach; LoTA and TaLoS: dense masked AdamW",
+    "paper": "as the paper ran it: eager, GradScaler, dense clip, AdamW foreach; linearized ones: "
+    "torch.func.jvp along dense directions; LoTA and TaLoS: dense masked AdamW",
     "eager": "as finetune runs it: no scaler, AdamW fused; LoTA and TaLoS: MaskedAdam",
     "compiled": "the same with torch.compile around forward and backward",
 }
@@ -40,6 +41,8 @@ def contender(workload: Workload, method: str, variant: str, bf16: bool) -> Fine
     setup = without_export(setup)
     arguments: Any = (model, workload.batch, F.cross_entropy, workload.spec.clip, "bf16" if bf16 else "off")
     if variant == "paper":
+        if method in ("linearized", "l-lora"):
+            setup = through_torch(method, setup, workload)
         trained, optimizer = as_the_paper_ran_it(method, setup, workload)
         return PaperIteration(replace(setup, trained=trained, optimizer=optimizer), *arguments)
     if variant == "compiled":

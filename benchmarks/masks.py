@@ -52,7 +52,7 @@ def structure_overlap(first: talos.Mask, second: talos.Mask) -> float:
     both = either = 0.0
     for name, mask in first.items():
         for part in parts(name, tuple(mask.shape)):
-            a, b = (m[name][part.rows].float() for m in (first, second))
+            a, b = (part.of(m[name]).float() for m in (first, second))
             p, q = float(a.mean()), float(b.mean())
             both += a.numel() * p * q
             either += a.numel() * (p + q - p * q)

@@ -1,14 +1,19 @@
 """The methods as the paper ran them: autocast, a GradScaler, a dense clip, foreach AdamW or a dense masked AdamW."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 from torch.optim import AdamW, Optimizer
 from workloads import Workload
 
-from talos_fast.forward import Batch, labels_of
+from talos_fast.forward import Batch, Forward, default_forward, labels_of
+from talos_fast.linear import differentiable_forward
 from talos_fast.methods import Setup
+from talos_fast.methods.l_lora import LORA_ALPHA, RANK, _adapters, _changes
 from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import Mark
 from talos_fast.step import Amp, Loss, autocasts
@@ -90,6 +95,55 @@ class PaperIteration(FinetuneIteration):
         """Refuses timings of steps that the scaler skipped."""
         if self._scaler.get_scale() < 2.0**16:
             raise RuntimeError("the scaler found infinite gradients and skipped steps; their time means nothing")
+
+
+def through_torch(method: str, setup: Setup, workload: Workload) -> Setup:
+    """The setup of a linearized method on torch.func.jvp along dense directions, as the released code has it."""
+    model, parameters = workload.model, dict(workload.model.named_parameters())
+    if method == "linearized":
+        trained, origin = setup.trained, {name: p.detach().clone() for name, p in setup.trained.items()}
+        forward = _by_jvp(model, lambda: {name: p - origin[name] for name, p in trained.items()})
+        return replace(setup, forward=forward, around=nullcontext, fixed=())
+    adapters = _adapters(model.requires_grad_(True), RANK)
+    model.requires_grad_(False)
+    factors = {f"{adapter.name}{adapter.rows}": adapter.b for adapter in adapters}
+    forward = _by_jvp(
+        model,
+        lambda: {n: change.dense() for n, change in _changes(adapters, parameters, LORA_ALPHA / RANK).items()},
+    )
+    optimizer = AdamW(factors.values(), fused=True, **OPTIONS)
+    return replace(setup, trained=factors, optimizer=optimizer, forward=forward, around=nullcontext)
+
+
+def _by_jvp(model: nn.Module, directions: Callable[[], Mapping[str, Tensor]]) -> Forward:
+    origin = {name: p.detach() for name, p in model.named_parameters()}
+    called = _Called(model)
+
+    def forward(_: nn.Module, batch: Batch) -> Tensor:
+        tangents = dict(directions())
+
+        def logits(values: Mapping[str, Tensor]) -> Tensor:
+            named = {f"model.{name}": value for name, value in {**origin, **values}.items()}
+            found: Tensor = functional_call(called, named, (batch,))
+            return found
+
+        with differentiable_forward(model):
+            value, slope = jvp(logits, ({name: origin[name] for name in tangents},), (tangents,))
+        moved: Tensor = value + slope
+        return moved
+
+    return forward
+
+
+class _Called(nn.Module):
+    """A model as `default_forward` calls it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return default_forward(self.model, batch)
 
 
 def as_the_paper_ran_it(method: str, setup: Setup, workload: Workload) -> tuple[dict[str, Tensor], Optimizer]:

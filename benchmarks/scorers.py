@@ -123,6 +123,14 @@ def plain(subject: Subject) -> Step:
     return step
 
 
+def forward_alone(subject: Subject) -> Step:
+    """A forward that keeps what the backward for all scored parameters will need."""
+    names = set(subject.scored)
+    for name, p in subject.model.named_parameters():
+        p.requires_grad_(name in names)
+    return lambda: default_forward(subject.model, subject.batch)
+
+
 def activations_only(subject: Subject) -> Step:
     """Forward and the gradients of activations: what any method that shares one backward must pay."""
     model = subject.model

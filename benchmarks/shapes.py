@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from talos_fast.structure import parts
+
 # Queries and keys in a real TaLoS mask of 10 %: ImageNet ViT-tiny, CIFAR-10, 4 rounds, damage 0.1.
 QUERY_DENSITY, KEY_DENSITY = 0.656, 0.578
 DENSITY = 0.1
@@ -63,15 +65,13 @@ MODELS: dict[str, Shapes] = {
 
 def talos_mask(shapes: Shapes, generator: torch.Generator) -> Masks:
     """Queries and keys at the densities of real masks, scattered within them; nothing else."""
+    density = {"query": QUERY_DENSITY, "key": KEY_DENSITY}
     masks = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
     for name, mask in masks.items():
-        if name.endswith("in_proj_weight"):
-            third = mask.shape[0] // 3
-            for start, density in ((0, QUERY_DENSITY), (third, KEY_DENSITY)):
-                mask[start : start + third] = torch.rand(third, mask.shape[1], generator=generator) < density
-        for ending, density in (("Attention.q.weight", QUERY_DENSITY), ("Attention.k.weight", KEY_DENSITY)):
-            if name.endswith(ending):
-                mask.copy_(torch.rand(mask.shape, generator=generator) < density)
+        for part in parts(name, tuple(mask.shape)):
+            if part.kind in density:
+                entries = part.of(mask)
+                entries.copy_(torch.rand(entries.shape, generator=generator) < density[part.kind])
     return masks
 
 

@@ -7,6 +7,7 @@ a process of its own.
 
 import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,10 +34,10 @@ def test_table(model: str, request: pytest.FixtureRequest) -> None:
     if model not in chosen.models:
         pytest.skip(f"not among the models {', '.join(chosen.models)}")
     table = Table(model, chosen)
-    table.measure()
     path = request.config.getoption("--results") / f"table_{model}_{chosen.device.type}.json"
-    content = merge_rows(path, table.content())
-    write_json(path, content)
+    for _ in table.measured():  # a run that is killed has lost the row it was at
+        content = merge_rows(path, table.content())
+        write_json(path, content)
     print("\n" + text(content))
     assert not table.broken, table.broken
 
@@ -58,6 +59,8 @@ class Table:
         self._about: dict[str, Any] = {"model": model}
         self._rows: list[dict[str, Any]] = []
         self._baselines: dict[str, FinetuneIteration] = {}
+        self._peaks: dict[tuple[str, str], int | None] = {}
+        self._free = bytes_free(chosen.device)
         self.broken: list[str] = []
 
     def content(self) -> dict[str, Any]:
@@ -65,31 +68,43 @@ class Table:
         about = environment(self._chosen.device) | self._about
         return {"benchmark": "table", **about, "variants": VARIANTS, "rows": self._rows}
 
-    def measure(self) -> None:
-        """The baselines first, then every other contender beside them."""
+    def measured(self) -> Iterator[dict[str, Any]]:
+        """The rows: the baselines first, then every other contender beside them."""
         order = [(BASELINE, variant) for variant in self._chosen.variants]
         order += [(m, v) for m in self._chosen.methods for v in self._chosen.variants if m != BASELINE]
-        workload, reason = self._built()
+        workload, missing = None, ""
+        try:
+            if self._chosen.device.type == "cpu":
+                self._read_peaks(order)  # before this process holds a model too
+            workload = self._built()
+        except ImportError as error:
+            missing = f"{error.name} is not installed"
         for method, variant in order:
             row = {"method": method, "variant": variant, "date": time.strftime("%Y-%m-%d"), "revision": revision()}
-            if workload is None:
-                row["missing"] = reason
-            else:
-                row |= self._row(workload, method, variant)
+            lacking = missing or self._lacking(method, variant, len(self._chosen.variants))
+            row |= {"missing": lacking} if workload is None or lacking else self._row(workload, method, variant)
             self._rows.append(row)
+            yield row
 
-    def _built(self) -> tuple[Workload | None, str]:
-        try:
-            needed = bytes_needed(self._model, len(self._chosen.variants))
-            free = bytes_free(self._chosen.device)
-            if free is not None and needed > free:
-                return None, f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-            workload = build(self._model, self._size, self._chosen.device)
-        except ImportError as error:
-            return None, f"{error.name} is not installed"
+    def _lacking(self, method: str, variant: str, baselines: int) -> str:
+        """Why there is not memory enough, if there is not."""
+        needed = bytes_needed(self._model, method, variant, baselines)
+        if self._free is None or needed <= self._free:
+            return ""
+        return f"needs about {needed / 2**30:.0f} GiB, {self._free / 2**30:.0f} GiB are free"
+
+    def _read_peaks(self, order: list[tuple[str, str]]) -> None:
+        for method, variant in order:
+            if not self._lacking(method, variant, baselines=0):
+                chosen = self._chosen
+                peak = peak_in_own_process(self._model, self._size, method, variant, chosen.bf16)
+                self._peaks[method, variant] = peak
+
+    def _built(self) -> Workload:
+        workload = build(self._model, self._size, self._chosen.device)
         sizes = {"model_bytes": sum(t.nbytes for t in (*workload.model.parameters(), *workload.model.buffers()))}
         self._about = workload.about | sizes | {"bf16": self._chosen.bf16}
-        return workload, ""
+        return workload
 
     def _row(self, workload: Workload, method: str, variant: str) -> dict[str, Any]:
         try:
@@ -112,11 +127,11 @@ class Table:
         if chosen.device.type == "cuda":
             iteration, peak = peak_above_model(workload, method, variant, chosen.bf16)
         else:
-            peak = peak_in_own_process(self._model, self._size, method, variant, chosen.bf16)
-            iteration = contender(workload, method, variant, chosen.bf16)
+            peak, iteration = self._peaks.get((method, variant)), contender(workload, method, variant, chosen.bf16)
         key = f"{method} {variant}"
         group = {f"{BASELINE} {name}": baseline for name, baseline in self._baselines.items()} | {key: iteration}
-        timings = interleave(group, chosen.device, warmup=2, rounds=chosen.rounds)
+        # Peaks were read in two iterations already; on a GPU that is warm-up enough, on the CPU it was another process.
+        timings = interleave(group, chosen.device, warmup=1, rounds=chosen.rounds)
         if method == BASELINE:
             self._baselines[variant] = iteration
         if isinstance(iteration, PaperIteration):

@@ -10,18 +10,12 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
-#include <vector>
 
 #include "check.h"
-#include "cpu_panels.h"
-#include "cpu_tile.h"
+#include "cpu_kernels.h"
+#include "cpu_worker.h"
 
 namespace talos {
-
-constexpr int64_t kTileOuts = 96;        // a multiple of every kernel's rows
-constexpr int64_t kTileIns = 256;        // a multiple of every kernel's columns
-constexpr int64_t kRunTokens = 288;      // panels of more tokens than this leave the L2 cache
-constexpr int64_t kTilesPerThread = 16;  // with fewer, threads wait long for the last one
 
 // Calls work(next) until every index below `count` is taken: whichever thread is free takes the next one.
 template <typename Worker>
@@ -32,97 +26,6 @@ void share_out(int64_t count, const Worker& make_worker) {
     for (int64_t index; (index = next.fetch_add(1)) < count;) work(index);
   });
 }
-
-// The scores as tiles: as large as they may be, but enough of them for every thread.
-struct Tiles {
-  Tiles(const Shape& shape, const TileKernel& kernel, int64_t threads) : shape(shape) {
-    while (threads > 1 && count() < kTilesPerThread * threads) {
-      if (ins > outs && ins / 2 % kernel.cols == 0) {
-        ins /= 2;
-      } else if (outs / 2 % kernel.rows == 0) {
-        outs /= 2;
-      } else {
-        break;
-      }
-    }
-  }
-
-  int64_t down() const { return tile_count(shape.outs, outs); }
-  int64_t count() const { return down() * tile_count(shape.ins, ins); }
-
-  Shape shape;
-  int64_t outs = kTileOuts, ins = kTileIns;
-};
-
-// One call: what is added to which scores, with which kernel.
-template <typename Score>
-struct Call {
-  Score* scores;
-  Score scale;
-  Shape shape;
-  TileKernel kernel;
-  bool squared;  // the entries are squares already, and so are their products
-};
-
-// Passes all packed samples over one tile of the scores; reused from tile to tile by one thread.
-template <typename Score>
-class TileWorker {
- public:
-  TileWorker(const Call<Score>& call, const Tiles& tiles, const Panels& inputs, const Panels& grads, int64_t samples)
-      : call_(call),
-        tiles_(tiles),
-        inputs_(inputs),
-        grads_(grads),
-        samples_(samples),
-        area_(call.kernel.rows * call.kernel.cols),
-        steps_(tile_count(call.shape.tokens, call.kernel.tokens_per_step)),
-        run_steps_(tile_count(steps_, tile_count(call.shape.tokens, kRunTokens))),
-        squares_(tiles.outs * tiles.ins),
-        parked_(run_steps_ < steps_ ? squares_.size() : 0) {}
-
-  void operator()(int64_t tile) {
-    const int64_t out = tile % tiles_.down() * tiles_.outs, in = tile / tiles_.down() * tiles_.ins;
-    const int64_t outs = tile_extent(out, call_.shape.outs, tiles_.outs);
-    const int64_t ins = tile_extent(in, call_.shape.ins, tiles_.ins);
-    std::fill(squares_.begin(), squares_.end(), Score(0));
-    for (int64_t sample = 0; sample < samples_; ++sample) {
-      for (int64_t step = 0; step < steps_; step += run_steps_) add_run(sample, step, out, outs, in, ins);
-    }
-    add_to_scores(out, outs, in, ins);
-  }
-
- private:
-  // All register tiles over one run of tokens. They lie one after another, those of one panel of inputs together.
-  // Products of squares are parked where the squares are, and never squared.
-  void add_run(int64_t sample, int64_t step, int64_t out, int64_t outs, int64_t in, int64_t ins) {
-    const int64_t steps = tile_extent(step, steps_, run_steps_);
-    const bool first = step == 0 && !call_.squared, last = step + steps == steps_ && !call_.squared;
-    Score *squares = squares_.data(), *parked = call_.squared ? squares : parked_.data();
-    for (int64_t c = 0; c < ins; c += call_.kernel.cols) {
-      const void* const inputs = inputs_.at(sample, in + c, step);
-      for (int64_t r = 0; r < outs; r += call_.kernel.rows, squares += area_, parked += area_) {
-        call_.kernel.run(grads_.at(sample, out + r, step), inputs, steps, first, last, parked, squares);
-      }
-    }
-  }
-
-  void add_to_scores(int64_t out, int64_t outs, int64_t in, int64_t ins) const {
-    const int64_t rows = call_.kernel.rows, cols = call_.kernel.cols, down = tile_count(outs, rows);
-    for (int64_t r = 0; r < outs; ++r) {
-      Score* const row = call_.scores + (out + r) * call_.shape.ins + in;
-      for (int64_t c = 0; c < ins; c += cols) {
-        const Score* const from = squares_.data() + (c / cols * down + r / rows) * area_ + r % rows * cols;
-        for (int64_t i = 0; i < tile_extent(c, ins, cols); ++i) row[c + i] += call_.scale * from[i];
-      }
-    }
-  }
-
-  const Call<Score>& call_;
-  const Tiles& tiles_;
-  const Panels &inputs_, &grads_;
-  int64_t samples_, area_, steps_, run_steps_;
-  std::vector<Score> squares_, parked_;
-};
 
 template <typename Score>
 void square_entries(const Bytes& panels) {

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <new>
 
-#include "cpu_tile.h"
+#include "tile_kernel.h"
 
 namespace talos {
 
@@ -18,17 +18,30 @@ struct Operand {
   int64_t features, entry_bytes;
 };
 
+inline constexpr std::align_val_t kCacheLine{64};  // a load across two lines costs two
+struct FreeAligned {
+  void operator()(void* data) const { ::operator delete(data, kCacheLine); }
+};
+template <typename T>
+using Aligned = std::unique_ptr<T[], FreeAligned>;
+
+// Uninitialised; whole cache lines.
+template <typename T>
+Aligned<T> aligned(int64_t count) {
+  return Aligned<T>(static_cast<T*>(::operator new(count * sizeof(T), kCacheLine)));
+}
+
 // Memory for panels. One of up to kWorkspace bytes is kept, because the pages of a new one cost up to a tenth of the
 // sums; a call that finds it taken by another thread, or too small, gets its own.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : lock_(kept_mutex_, std::try_to_lock) {
     if (!lock_.owns_lock() || bytes > kWorkspace) {
-      own_ = allocate(bytes);
+      own_ = aligned<char>(bytes);
     } else if (bytes > kept_bytes_) {
       kept_.reset();
       kept_bytes_ = 0;
-      kept_ = allocate(bytes);
+      kept_ = aligned<char>(bytes);
       kept_bytes_ = bytes;
     }
   }
@@ -36,19 +49,12 @@ class Workspace {
   char* data() const { return own_ ? own_.get() : kept_.get(); }
 
  private:
-  static constexpr std::align_val_t kCacheLine{64};  // a load across two lines costs two
-  struct Free {
-    void operator()(char* data) const { ::operator delete(data, kCacheLine); }
-  };
-  using Memory = std::unique_ptr<char, Free>;
-  static Memory allocate(int64_t bytes) { return Memory(static_cast<char*>(::operator new(bytes, kCacheLine))); }
-
   static inline std::mutex kept_mutex_;
-  static inline Memory kept_;
+  static inline Aligned<char> kept_;
   static inline int64_t kept_bytes_ = 0;
 
   std::unique_lock<std::mutex> lock_;
-  Memory own_;
+  Aligned<char> own_;
 };
 
 struct Bytes {

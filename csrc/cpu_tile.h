@@ -9,21 +9,13 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <type_traits>
-
-#include "isa.h"
-#include "squared.h"
+#include "tile_kernel.h"
+#include "token_pair.h"
 
 namespace talos {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-
-// The bfloat16 entries of two tokens (2t in the low half, 2t + 1 in the high half), which AVX512-BF16 multiplies at
-// once and adds in fp32.
-struct TokenPair {
-  uint32_t bits;
-};
 
 // What a register holds for packed entries of one kind: `Input` as loaded, `Sum` as accumulated in `Score`s.
 template <typename Packed, int BYTES>
@@ -113,15 +105,7 @@ TALOS_SHARED void pack_step(const From* from, const Strides& strides, int64_t, i
 template <int WIDTH>
 TALOS_SHARED void pack_step(const BFloat16* from, const Strides& strides, int64_t tokens, int64_t inside,
                             TokenPair* to) {
-  const BFloat16* const next = from + strides.token;
-  if (inside >= WIDTH && strides.feature == 1 && tokens > 1) {
-    for (int c = 0; c < WIDTH; ++c) to[c].bits = from[c].x | uint32_t{next[c].x} << 16;
-    return;
-  }
-  for (int c = 0; c < WIDTH; ++c) {
-    const uint32_t low = c < inside ? from[c * strides.feature].x : 0;
-    to[c].bits = c < inside && tokens > 1 ? low | uint32_t{next[c * strides.feature].x} << 16 : low;
-  }
+  pack_pairs<WIDTH>(reinterpret_cast<const uint16_t*>(from), strides, tokens, inside, to);
 }
 
 // All tokens of `features` features of one sample -> panels of (steps, WIDTH), one behind the other.
@@ -135,17 +119,6 @@ TALOS_SHARED void pack(const From* from, const Strides& strides, int64_t tokens,
     }
   }
 }
-
-using Run = void (*)(const void* grads, const void* inputs, int64_t steps, bool first, bool last, void* parked,
-                     void* squares);
-using Pack = void (*)(const void* from, const Strides& strides, int64_t tokens, int64_t features, void* panels);
-
-// A register tile of rows x cols scores for one instruction set and one kind of input, and the panels that it reads.
-struct TileKernel {
-  int64_t rows, cols, tokens_per_step, entry_bytes;
-  Run run;
-  Pack pack_grads, pack_inputs;
-};
 
 // Functions compiled for one instruction set: the templates above are inlined into them.
 #define TALOS_TILE_KERNEL(NAME, TARGET)                                                                               \
@@ -173,23 +146,5 @@ TALOS_TILE_KERNEL(Avx2, __attribute__((target("avx2,fma,f16c"))))
 TALOS_TILE_KERNEL(Avx512, __attribute__((target("avx512f,avx512bw,avx512vl,f16c"))))
 TALOS_TILE_KERNEL(Avx512Bf16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))))
 #endif
-
-// The widest kernel of this machine for entries of type From, summed in Packed; `pairs` allows it to take two bfloat16
-// tokens at a time. ROWS fills the register file: 32
-// vectors with AVX-512, 16 with AVX2 and SSE2, 32 on Arm.
-template <typename Packed, typename From>
-TileKernel choose_kernel(bool pairs) {
-#if defined(__x86_64__)
-  const Isa isa = choose_isa();
-  if constexpr (std::is_same_v<From, BFloat16>) {
-    if (pairs && isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
-      return Avx512Bf16<TokenPair, From, 12, 64>::kernel();
-    }
-  }
-  if (isa == Isa::kAvx512) return Avx512<Packed, From, 12, 64>::kernel();
-  if (isa == Isa::kAvx2) return Avx2<Packed, From, 6, 32>::kernel();
-#endif
-  return Portable<Packed, From, 6, 16>::kernel();
-}
 
 }  // namespace talos

@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <string_view>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace talos {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
@@ -20,6 +26,24 @@ inline Isa choose_isa() {
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kPortable;
+}
+
+// Whether this process may multiply bfloat16 tiles with AMX. The processor has it, the system saves its registers, and
+// Linux lets the process use them, which has to be asked for (once; all threads may then). It is beyond AVX-512, so any
+// value of the variable leaves it out.
+inline bool may_use_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kOsSaves = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kTileState = 3u << 17;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (choose_isa() != Isa::kAvx512 || std::getenv("ATEN_CPU_CAPABILITY") != nullptr) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsSaves) == 0) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace talos

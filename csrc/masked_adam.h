@@ -9,7 +9,9 @@
 
 namespace talos {
 
-constexpr int64_t kPart = 256;  // elements of a tile that are worked on at a time
+// Elements of a tile that are worked on at a time: half of it would leave more vectors half full (18 % slower at a
+// density of 0.1), the whole of it does not stay in the L1 cache.
+constexpr int64_t kPart = 512;
 
 template <typename A>
 struct AdamScalars {

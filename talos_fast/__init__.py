@@ -1,7 +1,5 @@
 """Task-localized sparse fine-tuning and task arithmetic: calibrate, finetune, merge, evaluate."""
 
-__version__ = "0.1.0"
-
 from talos_fast.calibrate import calibrate
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import Accuracy, evaluate
@@ -12,6 +10,7 @@ from talos_fast.merge import AlphaSearch, merge, search_alpha
 from talos_fast.optim import MaskedAdam
 from talos_fast.profiling import Profile, profile
 from talos_fast.task_vector import TaskVector
+from talos_fast.version import __version__
 
 __all__ = [
     "Accuracy",
@@ -22,6 +21,7 @@ __all__ = [
     "Profile",
     "TalosError",
     "TaskVector",
+    "__version__",
     "calibrate",
     "evaluate",
     "finetune",

@@ -1,5 +1,6 @@
 """`Edit`: a model held at base + Σ coefficient * delta, able to move along and to go back, bit for bit."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,9 +47,15 @@ class Edit:
         self._touched = [_touch(tensors[name], moving) for name, moving in grouped.items()]
 
     def move(self, *coefficients: float) -> None:
-        """Sets every touched entry to base + Σ coefficient * delta, computed in double and rounded once."""
+        """Sets every touched entry to base + Σ coefficient * delta, computed in double and rounded once.
+
+        Raises:
+            TalosError: another number of coefficients, or one that is NaN or infinite; nothing is written then.
+        """
         if len(coefficients) != self._count:
             raise TalosError(f"{len(coefficients)} coefficients for {self._count} directions; give one each")
+        if not all(map(math.isfinite, coefficients)):
+            raise TalosError(f"coefficients {coefficients}: every one must be a finite number; nothing was moved")
         for touched in self._touched:
             edited = touched.original.to(torch.float64, copy=True)
             for number, delta in touched.directions:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-import talos_fast
 from talos_fast import ops
+from talos_fast.version import __version__
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "backend": ops.backend(device),
-        "talos_fast": talos_fast.__version__,
+        "talos_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),

@@ -98,7 +98,7 @@ def require_base(recorded: Fingerprint, target: Target, what: str) -> None:
         raise TalosError(
             f"{what} belongs to another base: {len(differing)} of {len(found)} tensors differ, the first is {name!r} "
             f"(recorded {recorded[name]}, found {found[name]}); load the checkpoint it was made from, in the same "
-            "dtype, and revert any vector that is applied (or pass check_base=False)"
+            "dtype, and revert any vector that is applied"
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from talos_fast.errors import TalosError
@@ -19,32 +20,57 @@ Forward = Callable[[nn.Module, Batch], Tensor]
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Tensor:
-    """``model(inputs)`` for tuples, ``model(**everything but labels)`` for mappings; ``.logits`` of what has them."""
+    """``model(inputs)`` for tuples, ``model(**everything but labels)`` for mappings; the logits of what has them."""
     if isinstance(batch, Mapping):
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
     else:
         output = model(batch[0])
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
 
+class _Hooked(nn.Module):
+    """Gives `functional_call` a module whose forward is the user's ``forward(model, batch)``."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._forward(self.model, batch)
+
+
+def functional_forward(forward: Forward, model: nn.Module, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """``forward(model, batch)`` as a function of parameters: ``values`` by name stand in for the model's own."""
+    prefixed = {f"model.{name}": value for name, value in values.items()}
+    logits: Tensor = functional_call(_Hooked(model, forward), prefixed, (batch,))
+    return logits
+
+
 def labels_of(batch: Batch, where: str) -> Tensor:
-    """The labels of a batch, (N,).
+    """The labels of a batch, (N,) int64.
 
     Raises:
-        TalosError: the batch has none, or is empty.
+        TalosError: the batch has none, is empty, or has labels that are no class indices; names the batch.
     """
     if isinstance(batch, Mapping):
         labels = batch.get("labels")
     else:
         labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
     if not isinstance(labels, Tensor) or labels.dim() != 1:
+        found = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(batch).__name__}"
         raise TalosError(
-            f"{where}: no labels of shape (N,); a batch is (inputs, labels), or a mapping with key 'labels'"
+            f"{where}: no labels of shape (N,), found {found}; a batch is (inputs, labels), or a mapping with key "
+            "'labels', and labels are a tensor"
         )
     if len(labels) == 0:
         raise TalosError(f"{where}: the batch is empty; drop it")
-    return labels
+    if labels.is_floating_point() or labels.dtype is torch.bool:
+        raise TalosError(f"{where}: labels of {labels.dtype}; give class indices, int64")
+    return labels.long()
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -53,6 +79,22 @@ def device_of(model: nn.Module) -> torch.device:
     if parameter is None:
         raise TalosError(f"{type(model).__name__} has no parameters")
     return parameter.device
+
+
+def usable_device(device: torch.device | str, what: str) -> torch.device:
+    """A device that tensors can be made on.
+
+    Raises:
+        TalosError: torch does not know it, or this machine lacks it; ``what`` names the argument.
+    """
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise TalosError(
+            f"{what}: {device!s} cannot be used ({error}); use 'cpu', or a device of this machine"
+        ) from error
+    return where
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -77,9 +119,14 @@ def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> t
     """
     labels = labels_of(batch, where)
     logits = forward(model, batch)
+    if not isinstance(logits, Tensor):
+        raise TalosError(
+            f"{where}: the model gave a {type(logits).__name__}, not logits (N, K); pick them with forward="
+        )
     if logits.dim() != 2 or logits.shape[0] != len(labels):
         raise TalosError(
-            f"{where}: forward gave logits of shape {tuple(logits.shape)} for {len(labels)} labels; expected (N, K)"
+            f"{where}: forward gave logits of shape {tuple(logits.shape)} for {len(labels)} labels; expected (N, K). "
+            "Batches are cut along the first dimension of their tensors: samples come first, forward= may transpose"
         )
     return logits, labels
 

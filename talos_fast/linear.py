@@ -1,19 +1,21 @@
 """`Linearized`: a model in place of its first-order Taylor expansion, and what a task vector makes of a model."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
+from talos_fast.tangents import Direction, Tangents
 from talos_fast.task_vector import TaskVector
 
-Tangents = Callable[[], Mapping[str, Tensor]]
+Directions = Callable[[], Mapping[str, Direction]]
 """Gives the direction by parameter name; called once a forward, so that it may be computed from what trains."""
 
 
@@ -29,11 +31,13 @@ class Linearized(nn.Module):
         origin: θ0, every parameter by name; by default the model's parameters as they are at each call.
     """
 
-    def __init__(self, model: nn.Module, tangents: Tangents, origin: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, tangents: Directions, origin: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.model = model
         self.alpha = 1.0
         self._tangents, self._origin = tangents, origin
+        self._kept: ExitStack | None = None
+        self._open = False
 
     @classmethod
     def along(cls, model: nn.Module, vector: TaskVector) -> "Linearized":
@@ -55,36 +59,97 @@ class Linearized(nn.Module):
         """Nothing was written."""
         self.alpha = 0.0
 
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Enter it around forward and backward: gradient checkpointing runs parts of the forward in the backward."""
+        with ExitStack() as self._kept:
+            try:
+                yield
+            finally:
+                self._kept = None
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model takes, to f_lin."""
-        origin = self._origin or {name: p.detach() for name, p in self.model.named_parameters()}
-        tangents = dict(self._tangents()) if self.alpha else {}
+        if self._open:
+            return self._evaluated(inputs, named)
+        if torch.compiler.is_compiling():  # which knows no ExitStack; compiled code is not run again
+            with self._expanded():
+                return self._evaluated(inputs, named)
+        with ExitStack() as until:
+            tangents = until.enter_context(self._expanded())
+            output = self._evaluated(inputs, named)
+            # Else it ends here: a backward pass in which values have tangents would differentiate itself.
+            if self._kept is not None and tangents.again:
+                self._kept.push(until.pop_all())
+        return output
 
-        def model(values: Mapping[str, Tensor]) -> Any:
-            return torch.func.functional_call(self.model, {**origin, **values}, inputs, named)
+    def _evaluated(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return tree_map_only(Tensor, self._value, self.model(*inputs, **named))
 
-        with differentiable_forward(self.model):
-            if not tangents:
-                return model({})
-            primals = {name: origin[name] for name in tangents}
-            value, slope, *_ = torch.func.jvp(model, (primals,), (tangents,))
-        return tree_map(lambda v, s: v + self.alpha * s, value, slope)
+    def _value(self, dual: Tensor) -> Tensor:
+        value, slope = unpack_dual(dual)
+        moved: Tensor = value if slope is None else value + self.alpha * slope
+        return moved
+
+    @contextmanager
+    def _expanded(self) -> Iterator[Tangents]:
+        """Within it the model's parameters are duals, and evaluate with their tangents."""
+        directions = self._tangents() if self.alpha else {}
+        with evaluating(self.model), dual_level():
+            held: dict[Tensor, Tensor] = {}
+            moves: dict[Tensor, tuple[Tensor, Direction]] = {}
+            for name, p in self.model.named_parameters():
+                start = self._origin[name] if self._origin else p.detach() if p.requires_grad else p
+                direction = directions.get(name)
+                held[p] = make_dual(start, direction) if isinstance(direction, Tensor) else start
+                if direction is not None:
+                    moves[held[p]] = start, direction
+            with holding(self.model, held), Tangents(moves) as tangents:
+                self._open = True
+                try:
+                    yield tangents
+                finally:
+                    self._open = False
+
+
+@contextmanager
+def holding(model: nn.Module, held: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Puts other tensors in the place of a model's parameters, tied ones together."""
+    places = [(m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+    try:
+        for parameters, name, p in places:
+            parameters[name] = held.get(p, p)  # type: ignore[assignment]
+        yield
+    finally:
+        for parameters, name, p in places:
+            parameters[name] = p
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; all modes are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module, training in modes.items():
+            # Hugging Face's blocks checkpoint in training mode only; what is random in them are other modules.
+            block = any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+            module.training = training and block and bool(getattr(module, "gradient_checkpointing", False))
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager
 def differentiable_forward(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and kernels that forward-mode differentiation supports; everything is as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
+    """Evaluation mode and kernels that torch's own forward-mode differentiation supports; all as before afterwards."""
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes.items():
-            module.training = training
 
 
 def edited(model: nn.Module, vector: TaskVector) -> tuple[nn.Module, Edit | Linearized]:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
-from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, to_device
+from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, functional_forward, to_device
 from talos_fast.linear import differentiable_forward, moved
 from talos_fast.merge import Evaluate
 from talos_fast.sparse_vector import common
@@ -74,28 +74,15 @@ def activation_matrix(
     return matrix
 
 
-class _Hooked(nn.Module):
-    """Gives `functional_call` a module whose forward is the user's ``forward(model, batch)``."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._forward(self.model, batch)
-
-
 @torch.no_grad()
 def directional_derivative(model: nn.Module, vector: TaskVector, batch: Batch, forward: Forward) -> Tensor:
     """J_θ f(x) τ, the derivative of the logits (N, K) along a vector, at the model's parameters, in evaluation mode."""
-    hooked, parameters = _Hooked(model, forward), dict(model.named_parameters())
-    tangents = {f"model.{name}": delta.to(parameters[name]) for name, delta in vector.to_dense().items()}
-    origin = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    parameters = dict(model.named_parameters())
+    tangents = {name: delta.to(parameters[name]) for name, delta in vector.to_dense().items()}
+    origin = {name: p.detach() for name, p in parameters.items()}
 
     def logits(values: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = functional_call(hooked, {**origin, **values}, (batch,))
-        return found
+        return functional_forward(forward, model, {**origin, **values}, batch)
 
     with differentiable_forward(model):
         slopes: Tensor = jvp(logits, ({name: origin[name] for name in tangents},), (tangents,))[1]

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-import talos_fast
 from talos_fast.study import MethodResult, StudyResult
+from talos_fast.version import __version__
 
 COLUMNS_MEANING = (
     "single: each task with its own vector; added, norm.: all vectors added with α, absolute and over single; "
@@ -77,7 +77,7 @@ def task_rows(result: StudyResult) -> list[tuple[str, ...]]:
 def to_json(result: StudyResult) -> dict[str, Any]:
     """Everything that was measured, with the machine and the versions."""
     return {
-        "talos_fast": talos_fast.__version__,
+        "talos_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

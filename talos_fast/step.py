@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, judge_logits, logits_facts, logits_of, to_device
 from talos_fast.methods import Setup
@@ -53,6 +54,7 @@ class Step:
         self.device = self._parameters[0].device
         bf16 = autocasts(amp, self._parameters[0])
         self._autocast: Any = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        self._casts: Any = CastOnce(model, torch.bfloat16, setup.fixed) if bf16 else nullcontext()
         self._skips = bool(getattr(setup.optimizer, "_step_supports_amp_scaling", False))
         if lag is None:
             lag = LAG if self.device.type == "cuda" and self._skips else 0
@@ -88,7 +90,7 @@ class Step:
 
     def backward(self, batch: Batch, where: str) -> None:
         """Adds the gradients of one batch."""
-        with self._setup.around():
+        with self._casts, self._setup.around():
             loss = self.forward_loss(batch, where)
             (loss / self._accumulate if self._accumulate > 1 else loss).backward()
 
@@ -106,8 +108,12 @@ class Step:
 
         self.watch.note(norm.detach().reshape(1), ~norm.isfinite(), judge, then)
 
-    def update(self, lr: float) -> None:
-        """One step of the optimizer, which skips it if the watch has tripped."""
+    def update(self, lr: float | Tensor) -> None:
+        """One step of the optimizer, which skips it if the watch has tripped.
+
+        Args:
+            lr: the learning rate; in a CUDA graph a tensor of shape () on the device, to be filled between replays.
+        """
         optimizer: Any = self._setup.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr

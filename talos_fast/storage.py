@@ -138,6 +138,8 @@ def read(path: Path, kinds: tuple[str, ...]) -> tuple[str, dict[str, Tensor], di
     Raises:
         TalosError: missing, truncated, corrupted, foreign, of a newer format, or of another kind.
     """
+    if path.is_dir():
+        raise TalosError(f"{path}: a folder, where the file of a {' or '.join(kinds)} is expected")
     if not path.is_file():
         raise TalosError(f"{path}: no such file")
     try:

@@ -8,15 +8,16 @@ from torch import Tensor
 
 KINDS = ("query", "key", "value", "attention output", "mlp", "convolution", "norm", "bias", "other")
 
-# First match wins. Fused projections hold queries, keys and values as thirds of their rows.
+# First match wins. Fused projections hold their parts one after the other, as equal shares of the output features.
 _PATTERNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"(in_proj_weight|in_proj_bias|\bqkv\.(weight|bias)|c_attn\.(weight|bias))$", ("query", "key", "value")),
+    (r"crossattention\.c_attn\.(weight|bias)$", ("key", "value")),
+    (r"(in_proj_weight|in_proj_bias|\bqkv\.(weight|bias)|\bc_attn\.(weight|bias))$", ("query", "key", "value")),
     (r"(?i:norm|\bln|_ln|layer_norm|layernorm)[\w]*\.(weight|bias)$", ("norm",)),
     (r"\bbias$|_bias$", ("bias",)),
-    (r"\b(q|q_proj|query|q_lin)\.weight$", ("query",)),
+    (r"\b(q|q_proj|q_attn|query|q_lin)\.weight$", ("query",)),
     (r"\b(k|k_proj|key|k_lin)\.weight$", ("key",)),
     (r"\b(v|v_proj|value|v_lin)\.weight$", ("value",)),
-    (r"(out_proj|attn\.proj|attention\.output\.dense|out_lin|(Self|EncDec)Attention\.o|attn\.c_proj)\.weight$",
+    (r"(out_proj|attn\.proj|attention\.output\.dense|out_lin|(Self|EncDec)Attention\.o|(attn|attention)\.c_proj)\.weight$",
      ("attention output",)),
     (r"(mlp|DenseReluDense|intermediate|ffn|output\.dense|\bfc\d|c_fc|c_proj|lin\d)[\w.]*weight$", ("mlp",)),
     (r"(conv\w*|patch_embed\w*\.proj\w*)\.weight$", ("convolution",)),
@@ -25,29 +26,46 @@ _PATTERNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Part:
-    """A run of rows of one parameter that is of one kind.
+    """A run of output features of one parameter that is of one kind.
 
     Args:
         kind: one of `KINDS`; biases are "bias" whatever they belong to.
         layer: the number of the block, -1 outside the blocks.
-        rows: of the parameter's first dimension.
+        rows: of the parameter, along ``dim``.
+        dim: where output features lie: 0, as in `torch.nn.Linear`; 1 in transformers' ``Conv1D``, whose weight is
+            (in, out).
     """
 
     kind: str
     layer: int
     rows: slice
+    dim: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view of the part in a tensor of the parameter's shape."""
+        return tensor[(slice(None),) * self.dim + (self.rows,)] if tensor.dim() else tensor
 
 
 def parts(name: str, shape: tuple[int, ...]) -> list[Part]:
-    """The parts of a parameter; a fused projection has three, everything else one."""
+    """The parts of a parameter; a fused projection has two or three, everything else one.
+
+    GPT-2 and its relatives call the fused projection ``c_attn``, and only its shape says whether it is a ``Conv1D``:
+    one side is two or three times the other. Where it is not, as with one key for all heads, the parts are not known
+    and the kind is "other".
+    """
     kinds = next((kinds for pattern, kinds in _PATTERNS if re.search(pattern, name)), ("other",))
     numbers = re.findall(r"\.(\d+)\.", f".{name}")
     layer = int(numbers[0]) if numbers else -1
-    if len(kinds) == 3 and shape[0] % 3 == 0:
-        third = shape[0] // 3
-        kinds = ("bias",) * 3 if len(shape) == 1 else kinds
-        return [Part(kind, layer, slice(n * third, (n + 1) * third)) for n, kind in enumerate(kinds)]
-    return [Part(kinds[0] if len(kinds) == 1 else "other", layer, slice(None))]
+    by_shape = name.endswith("c_attn.weight") and len(shape) == 2
+    dim = int(name.endswith("q_attn.weight") or (by_shape and shape[1] > shape[0]))
+    if len(kinds) == 1:
+        return [Part(kinds[0], layer, slice(None), dim)]
+    share, rest = divmod(shape[dim], len(kinds))
+    if rest or (by_shape and share != shape[1 - dim]):
+        return [Part("other", layer, slice(None))]
+    if len(shape) == 1:
+        kinds = ("bias",) * len(kinds)
+    return [Part(kind, layer, slice(n * share, (n + 1) * share), dim) for n, kind in enumerate(kinds)]
 
 
 @dataclass
@@ -73,8 +91,7 @@ def density_by_part(masks: Mapping[str, Tensor]) -> dict[tuple[int, str], Count]
     counts: dict[tuple[int, str], Count] = {}
     for name, mask in masks.items():
         for part in parts(name, tuple(mask.shape)):
-            rows = mask if mask.dim() == 0 else mask[part.rows]
-            counts.setdefault((part.layer, part.kind), Count()).add(rows)
+            counts.setdefault((part.layer, part.kind), Count()).add(part.of(mask))
     return dict(sorted(counts.items(), key=lambda item: (item[0][0], KINDS.index(item[0][1]))))
 
 

@@ -42,6 +42,9 @@ class Watch:
     def note(self, facts: Tensor, bad: Tensor, judge: Judge, then: Callable[[], None] | None = None) -> None:
         """Makes a note, and reads those that are due.
 
+        While a CUDA graph is captured only the flag is written: a replay leaves the host no facts to judge, but
+        skips bad steps and those after them, and `tripped` says so whenever the host cares to wait.
+
         Args:
             facts: (n,) numbers that ``judge`` needs, on the device.
             bad: bool of shape (), on the device: whether ``judge`` will raise.
@@ -53,6 +56,8 @@ class Watch:
         """
         torch.maximum(self.tripped, bad.to(self.tripped.dtype), out=self.tripped)
         arrived = None
+        if facts.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         if facts.is_cuda:
             pinned = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
             facts, arrived = pinned.copy_(facts, non_blocking=True), torch.cuda.Event()

@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run; HYPOTHESIS_PROFILE=default explores others.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -72,7 +77,20 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["cpu", *([] if HAS_GPU else ["interpreter"]), pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where an optimizer steps: on the CPU, there by the Triton kernels in their interpreter, or on a GPU."""
+    """Where an optimizer steps: on the CPU, there by the Triton kernels in their interpreter, or on a GPU.
+
+    Where a test asks for it by name also "torch": on the CPU as where no library could be compiled.
+    """
     if request.param == "interpreter":
         monkeypatch.setattr("talos_fast.optim.launch.ON_CPU", True)
+    if request.param == "torch":
+        monkeypatch.setattr("talos_fast.ops.backend", lambda device: "torch")
     return request.param
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `datasets` keeps its Arrow files during a test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

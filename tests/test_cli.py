@@ -5,6 +5,8 @@ import json
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_models import text_task, write_bert
 
 from talos_fast import Mask, TaskVector
@@ -16,6 +18,7 @@ def place(tmp_path_factory):
     """A folder with a model and two tasks in files."""
     folder = tmp_path_factory.mktemp("cli")
     write_bert(folder / "bert")
+    save_file({"odd": torch.zeros(2)}, folder / "odd.safetensors")
     for name, classes in (("words", 3), ("more", 4)):
         task = text_task(name, classes, per_split=24)
         with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
@@ -115,12 +118,15 @@ def test_a_config_file_gives_defaults_and_flags_win(run, place):
     ("calibrate --model hf:bert --data words.jsonl.gz --include x*", "'x*' matches no parameter"),
     ("calibrate --model hf:bert --data words.jsonl.gz --dtype int8", "--dtype int8"),
     ("calibrate --model hf:bert --data words.jsonl.gz --device nowhere", "nowhere"),
+    ("calibrate --model hf:bert --data words.jsonl.gz --scores-device nowhere", "scores_device: nowhere"),
     ("calibrate --config none.yaml", "none.yaml"),
     ("finetune --model hf:bert --data words.jsonl.gz --steps 1", "needs mask="),
     ("finetune --model hf:bert --data words.jsonl.gz --mask words.jsonl.gz", "not a safetensors file"),
+    ("finetune --model hf:bert --data words.jsonl.gz --mask bert", "bert: a folder, where the file of a mask"),
     ("finetune --model hf:bert --data words.jsonl.gz --method x --steps 1", "method='x'"),
     ("evaluate --model hf:bert --data words.jsonl.gz --split x", "--split x"),
     ("evaluate --model hf:bert --data words.jsonl.gz --weights none", "none"),
+    ("evaluate --model hf:bert --data words.jsonl.gz --weights odd.safetensors", "does not fit this model"),
     ("evaluate --model tiny --data demo:none", "embedded tasks are"),
     ("merge --model hf:bert", "--add or --subtract"),
     ("merge --model hf:bert --option density", "--option density: give NAME=VALUE"),

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from adam_cases import device_of
+from conftest import HAS_GPU
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -101,9 +103,16 @@ def interrupting(at: int):
     return forward
 
 
-@pytest.mark.parametrize("own_generator", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, accumulate, own_generator):
+# place, steps, batches a step, whether the loader has a generator of its own
+RESUMED = [("cpu", 20, 1, False), ("cpu", 20, 1, True), ("cpu", 20, 3, False), ("cpu", 20, 3, True)]
+RESUMED += [("torch", 20, 3, True), *([] if HAS_GPU else [("interpreter", 8, 3, True)])]
+RESUMED += [pytest.param("cuda", 20, 3, True, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("place, steps, accumulate, own_generator", RESUMED, indirect=["place"])
+def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, place, steps, accumulate, own_generator):
+    net.to(device_of(place))
+
     def data():
         batches = loader()
         generator = torch.Generator().manual_seed(7) if own_generator else None
@@ -111,7 +120,7 @@ def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, accumulate, own
 
     handler = signal.getsignal(signal.SIGINT)
     mask = calibrate(net, loader(), density=0.5, progress=False)
-    options = {"mask": mask, "lr": 1e-2, "steps": 20, "accumulate": accumulate, "progress": False}
+    options = {"mask": mask, "lr": 1e-2, "steps": steps, "accumulate": accumulate, "progress": False}
     whole = copy.deepcopy(net)
     vector = finetune(whole, data(), **options)
     for at in (4, 9, 5):

@@ -156,6 +156,10 @@ def test_refusals(base):
         merge(base, [])
     with pytest.raises(TalosError, match="2 weights for 1 task vectors"):
         merge(base, [vector], weights=[1, 2])
+    with pytest.raises(TalosError, match=r"coefficients \(nan,\): every one must be a finite number"):
+        merge(base, [vector], alpha=float("nan"))
+    with pytest.raises(TalosError, match=r"weights \[inf\]: every one must be a finite number"):
+        merge(base, [vector], weights=[float("inf")])
     with pytest.raises(TalosError, match="method='average'"):
         merge(base, [vector], method="average")
     with pytest.raises(TalosError, match="another base"):

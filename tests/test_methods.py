@@ -7,7 +7,8 @@ import signal
 import peft
 import pytest
 import torch
-from tiny_models import image_task, text_task, tiny_clip, tiny_timm, write_bert, write_t5
+from methods_cases import case
+from tiny_models import text_task, tiny_clip
 from torch import nn
 from torch.nn import functional
 
@@ -21,21 +22,6 @@ from talos_fast.methods.l_lora import _adapters, _changes
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LINEAR = ("linearized", "l-lora")
 RATES = {"nonlinear": 1e-3, "linearized": 1e-3, "l-lora": 2e-2, "lota": 3e-3, "talos": 1e-2}
-
-
-def load(kind: str, folder, dtype=torch.float32) -> models.Backbone:
-    if kind in ("clip", "timm"):
-        backbone = tiny_clip() if kind == "clip" else tiny_timm()
-        backbone.encoder.to(dtype)
-        return backbone
-    return models.load(str(write_bert(folder) if kind == "bert" else write_t5(folder)), dtype=dtype)
-
-
-def case(kind: str, folder, dtype=torch.float32):
-    """A classifier, a task's batches."""
-    backbone = load(kind, folder, dtype)
-    task = image_task() if backbone.modality == "image" else text_task()
-    return backbone.classifier(task).to(dtype), list(backbone.batches(task.train, batch_size=4))
 
 
 def train(model, batches, method: str, steps: int = 6, **options) -> TaskVector:

@@ -1,16 +1,13 @@
-"""The paper's suites from small files of their published formats, and Hugging Face data sets. No network."""
+"""The paper's suites from small files of their published formats. No network."""
 
 from pathlib import Path
 
 import numpy as np
 import published
 import pytest
-import torch
-from PIL import Image
-from tiny_models import text_task, write_bert, write_t5
 
-from talos_fast import TalosError, calibrate, evaluate, models
-from talos_fast.tasks import PRESETS, Split, Task, from_hub, get_preset
+from talos_fast import TalosError
+from talos_fast.tasks import PRESETS, get_preset
 
 VISION, LANGUAGE = get_preset("vision8"), get_preset("language7")
 
@@ -89,14 +86,6 @@ def language_root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """Where `datasets` keeps its Arrow files during a test."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.mark.parametrize("name", LANGUAGE_EXPECTED)
 def test_language_as_published(language_root, hub_cache, name):
     task = LANGUAGE.task(name, language_root)
@@ -166,108 +155,3 @@ def test_presets_refuse(tmp_path, hub_cache):
     published.language(tmp_path / "wsc", "rte")
     with pytest.raises(TalosError, match="but no text; another data set"):
         LANGUAGE.task("wsc", tmp_path)
-
-
-def test_a_hugging_face_data_set_of_texts(tmp_path, hub_cache):
-    import datasets
-
-    label = datasets.ClassLabel(names=["bad", "good"])
-    for split, count in (("train", 20), ("test", 4)):
-        rows = {"sentence": [f"text {i}" for i in range(count)], "label": [i % 2 for i in range(count)]}
-        features = datasets.Features({"sentence": datasets.Value("string"), "label": label})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / f"{split}.parquet")
-    task = from_hub(tmp_path / "set", cache_dir=tmp_path / "cache", templates=["it was {}"])
-    assert (task.name, task.class_names, task.modality) == ("set", ("bad", "good"), "text")
-    assert [len(split) for split in (task.train, task.validation, task.test)] == [18, 2, 4]
-    renamed = from_hub(tmp_path / "set", cache_dir=tmp_path / "cache", class_names=["no", "yes"], name="mine")
-    assert (renamed.name, renamed.class_names) == ("mine", ("no", "yes"))
-    with pytest.raises(TalosError, match="has no column 'x'"):
-        from_hub(tmp_path / "set", cache_dir=tmp_path / "cache", label_column="x")
-
-
-def test_a_hugging_face_data_set_of_images(tmp_path, hub_cache):
-    """Packed in parquet the images are unpacked once, bytes as they are; sizes may differ."""
-    import datasets
-
-    pixels = [np.full((4 + i % 3, 5, 3), 10 * i, np.uint8) for i in range(12)]
-    features = datasets.Features({"img": datasets.Image(), "labels": datasets.Value("string")})
-    rows = {"img": [Image.fromarray(p) for p in pixels], "labels": ["cat" if i % 2 else "dog" for i in range(12)]}
-    whole = datasets.Dataset.from_dict(rows, features=features)
-    content = datasets.DatasetDict(
-        train=whole.select(range(8)), validation=whole.select(range(8, 10)), test=whole.select(range(10, 12))
-    )
-    content.save_to_disk(tmp_path / "disk")
-    for _ in range(2):
-        task = from_hub(tmp_path / "disk", cache_dir=tmp_path / "cache")
-        assert task.class_names == ("cat", "dog") and task.modality == "image"
-        assert [
-            (np.asarray(Image.open(path)) == p).all() for path, p in zip(task.train.inputs, pixels[:8], strict=True)
-        ] == [True] * 8
-        assert task.test.labels.tolist() == [1, 0]
-
-
-def test_hub_refusals(tmp_path, hub_cache, monkeypatch):
-    with pytest.raises(TalosError, match="give revision=, a commit of 40 digits, found 'main'"):
-        from_hub("user/name", revision="main")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(TalosError, match="cannot be read as a data set"):
-        from_hub(tmp_path / "empty", cache_dir=tmp_path / "cache")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "train.jsonl").write_text('{"words": "x", "label": 0}\n')
-    (tmp_path / "odd" / "test.jsonl").write_text('{"words": "x", "label": 0}\n')
-    with pytest.raises(TalosError, match="input_column= cannot be told from the columns"):
-        from_hub(tmp_path / "odd", cache_dir=tmp_path / "cache")
-    with pytest.raises(TalosError, match="give class_names="):
-        from_hub(tmp_path / "odd", cache_dir=tmp_path / "cache", input_column="words")
-    with pytest.raises(TalosError, match="some rows have no label"):
-        from_hub(
-            tmp_path / "odd",
-            cache_dir=tmp_path / "cache",
-            input_column="words",
-            label_column="words",
-            class_names=["a", "b"],
-        )
-    import sys
-
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TalosError, match=r"needs the package datasets; pip install 'talos-fast\[data\]'"):
-        from_hub(tmp_path / "odd")
-
-
-def choice_task() -> Task:
-    """Ten questions whose answers differ, in words the tiny tokenizer knows."""
-    rows = [("red", "green"), ("blue", "warm cold"), ("sky", "sea"), ("fire", "grass"), ("ice", "good")] * 2
-    split = Split([f"{a} of the {b}" for a, b in rows], np.array([0, 1] * 5), choices=rows)
-    return Task("choices", ("A", "B"), (), split, split.select([0, 1, 2]), split)
-
-
-def test_t5_scores_the_choices_of_each_example(tmp_path):
-    """Each row's scores are those of a model whose class names are that row's choices."""
-    torch.manual_seed(0)
-    backbone, task = models.load(f"t5:{write_t5(tmp_path)}"), choice_task()
-    model = backbone.classifier(task)
-    batch = next(iter(backbone.batches(task.test, batch_size=10)))
-    assert batch["choice_ids"].shape[:2] == (10, 2)
-    with torch.no_grad():
-        scores = model(**{key: value for key, value in batch.items() if key != "labels"})
-        for row in range(5):
-            one = task.test.select([row])
-            alone = Task("one", one.choices[0], (), *(Split(one.inputs, one.labels),) * 3)
-            inputs = backbone.prepare(one.inputs)
-            torch.testing.assert_close(backbone.classifier(alone)(**inputs)[0], scores[row], rtol=1e-4, atol=1e-4)
-    assert 0 <= float(evaluate(model, backbone.batches(task.test, batch_size=4))) <= 1
-    mask = calibrate(model, backbone.batches(task.train, batch_size=5), rounds=1, progress=False)
-    assert mask.selected == int(0.1 * mask.numel)
-
-
-def test_choices_are_checked(tmp_path):
-    with pytest.raises(TalosError, match="choices: found 1 for 2 inputs"):
-        Split(["x", "y"], np.array([0, 1]), choices=[("a", "b")])
-    two, three = (Split(["x", "y"], np.array([0, 1]), choices=[names] * 2) for names in (("a", "b"), ("a", "b", "c")))
-    with pytest.raises(TalosError, match=r"found \[3\] choices an example for 2 class names"):
-        Task("t", ("A", "B"), (), two, two, three)
-    with pytest.raises(TalosError, match="found no choices an example"):
-        Task("t", ("A", "B"), (), two, two, Split(["x"], np.array([0])))
-    with pytest.raises(TalosError, match="use a T5"):
-        models.load(f"hf:{write_bert(tmp_path)}").classifier(choice_task())
-    assert not text_task().has_choices

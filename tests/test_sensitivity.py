@@ -1,6 +1,7 @@
 """Per-sample squared gradients: small networks against torch.func in float64, estimators, and refusals."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from talos_fast import TalosError
 from talos_fast.sensitivity import maskable_parameters, sensitivities
 from talos_fast.sensitivity.estimators import Draws, probe
+from talos_fast.sensitivity.per_sample import gradients_one_by_one
 
 
 def open_clip_tower(width: int = 48) -> nn.Module:
@@ -76,7 +78,8 @@ def test_shapes(samples, tokens, width, classes):
     found = sensitivities(model, [batch], estimator="sampled-logit", labels=[batch[1]])
     expected = by_vmap(model, logit, batch)
     for name, score in found.items():
-        assert (score - expected[name]).abs().max() <= TOLERANCE * expected[name].max() + 1e-25, name
+        # What feeds a norm of one feature has no gradient: 1/√ε times rounding noise, squared, is left of it.
+        assert (score - expected[name]).abs().max() <= TOLERANCE * expected[name].max() + 1e-22, name
 
 
 def test_the_batch_size_does_not_change_the_result():
@@ -149,7 +152,9 @@ def test_samples_that_interact_are_refused():
     ([(torch.randn(0, 3), torch.zeros(0, dtype=torch.long))], "batch 0: the batch is empty"),
     ([(torch.randn(2, 3), torch.tensor([0, 2]))], r"batch 0: labels 0 … 2, but the model has 2 classes"),
     ([(torch.full((2, 3), float("nan")), torch.tensor([0, 1]))], "batch 0: the logits hold NaN"),
-    ([torch.randn(2, 3)], "batch 0: no labels"),
+    ([torch.randn(2, 3)], r"batch 0: no labels of shape \(N,\), found a Tensor"),
+    ([(torch.randn(2, 3), torch.zeros(2, 1))], r"batch 0: no labels of shape \(N,\), found labels of shape \(2, 1\)"),
+    ([(torch.randn(2, 3), torch.tensor([0.0, float("nan")]))], "batch 0: labels of torch.float32; give class indices"),
 ])  # fmt: skip
 def test_bad_batches_are_named(batches, message):
     with pytest.raises(TalosError, match=message):
@@ -169,3 +174,47 @@ def test_maskable_parameters_and_their_refusals():
         maskable_parameters(nn.Embedding(3, 3))
     with pytest.raises(TalosError, match="estimator='x': choose one of fisher"):
         sensitivities(model, [images()], estimator="x")
+
+
+class Nested(torch.autograd.Function):
+    """A checkpoint of the model's own, as some libraries have: recomputes inside the backward."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x).detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.layer(x).backward(gradient)
+        return x.grad, None
+
+
+def test_a_gradient_that_comes_in_parts_is_refused():
+    layer = nn.Linear(3, 3)
+    x = torch.randn(2, 3)
+    loop = gradients_one_by_one(
+        layer, dict(layer.named_parameters()), lambda m, x: Nested.apply(Nested.apply(m(x), m), m), x, x, print
+    )
+    with pytest.raises(TalosError, match="'weight' gets its gradient in parts|'bias' gets its gradient in parts"):
+        list(loop)
+    assert layer.weight.grad is None
+
+
+def test_no_two_gradients_are_held_at_once():
+    model = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(5)])
+    model[2].weight.grad = mine = torch.ones(3, 3)
+    alive, most = [], []
+
+    def receive(name, gradient):
+        alive.append(weakref.ref(gradient))
+        most.append(sum(ref() is not None for ref in alive))
+
+    x = torch.randn(2, 3)
+    logits = list(gradients_one_by_one(model, dict(model.named_parameters()), lambda m, x: m(x), x, x, receive))
+    assert torch.equal(torch.stack(logits), model(x))
+    assert most == [1] * 10
+    assert model[2].weight.grad is mine

@@ -25,7 +25,9 @@ from talos_fast import MaskedAdam, TalosError
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True, "amsgrad": True}, {"fused": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fused": True, "amsgrad": True}, {"fused": False}, {"foreach": True}], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_resumed_is_bit_identical(place, dtype, options):
     whole = parameters(dtype, place)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from talos_fast import TalosError
 from talos_fast.plots import plot_mask
 from talos_fast.structure import density_by_kind, density_by_part, parts
 
@@ -27,6 +28,8 @@ from talos_fast.structure import density_by_kind, density_by_part, parts
     ("encoder.decoder.block.3.layer.1.EncDecAttention.o.weight", (2, 2), ["attention output"]),
     ("encoder.encoder.block.3.layer.1.DenseReluDense.wi_0.weight", (2, 2), ["mlp"]),
     ("encoder.encoder.block.3.layer.1.layer_norm.weight", (2,), ["norm"]),
+    ("transformer.h.3.attn.c_attn.weight", (6, 2), ["query", "key", "value"]),
+    ("transformer.h.3.attn.c_attn.weight", (4, 2), ["other"]),
     ("encoder.conv1.weight", (2, 3, 4, 4), ["convolution"]),
     ("encoder.patch_embed.proj.weight", (2, 3, 4, 4), ["convolution"]),
     ("encoder.ln_pre.weight", (2,), ["norm"]),
@@ -36,6 +39,33 @@ def test_kinds(name, shape, kinds):
     found = parts(name, shape)
     assert [part.kind for part in found] == kinds
     assert {part.layer for part in found} == {3 if ".3." in name else -1}
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_the_parts_of_gpt2_are_the_queries_keys_and_values_that_it_computes(cross):
+    """One part at a time is doubled; of what the projection gives, that third (or half) doubles and no other."""
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=12, n_layer=4, n_head=2, add_cross_attention=True)
+    block = GPT2Model(config).h[3]
+    attention = block.crossattention if cross else block.attn
+    module, kinds = attention.c_attn, ["key", "value"] if cross else ["query", "key", "value"]
+    name = f"h.3.{'crossattention' if cross else 'attn'}.c_attn.weight"
+    found = parts(name, tuple(module.weight.shape))
+    assert [(part.kind, part.layer) for part in found] == [(kind, 3) for kind in kinds]
+    x = torch.randn(2, 5, 12)
+    before = module(x).split(attention.split_size, dim=2)
+    for place, part in enumerate(found):
+        with torch.no_grad():
+            part.of(module.weight).mul_(2)
+            after = module(x).split(attention.split_size, dim=2)
+            part.of(module.weight).mul_(0.5)
+        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+            torch.testing.assert_close(new, (2 if number == place else 1) * old)
+    names = dict(block.named_parameters())
+    (output,) = parts("h.3.crossattention.c_proj.weight", tuple(names["crossattention.c_proj.weight"].shape))
+    (query,) = parts("h.3.crossattention.q_attn.weight", tuple(names["crossattention.q_attn.weight"].shape))
+    assert (output.kind, query.kind) == ("attention output", "query")
 
 
 def masks() -> dict[str, torch.Tensor]:
@@ -63,3 +93,5 @@ def test_plots_are_pictures(tmp_path):
     with Image.open(tmp_path / "mask.png") as image:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
     assert (tmp_path / "vector.svg").read_text().startswith("<?xml")
+    with pytest.raises(TalosError, match=r"mask.xyz: pictures are .png, .pdf or .svg"):
+        plot_mask(masks(), tmp_path / "mask.xyz")

@@ -31,12 +31,12 @@ def _vectors(add: list[Path] | None, subtract: list[Path] | None) -> list[talos.
 
 
 @app.command()
+@o.with_run
 def merge(
-    model: o.Model,
+    run: o.Run,
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors and merge.json.")] = Path("merged"),
     add: Add = None,
     subtract: Subtract = None,
-    pretrained: o.Pretrained = None,
     alpha: Annotated[str, typer.Option(help="A number, or 'search'.")] = "1.0",
     weights: Annotated[list[float] | None, typer.Option(help="One a vector, in the order added, subtracted.")] = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "task_arithmetic",
@@ -45,18 +45,12 @@ def merge(
     control: Annotated[Path | None, typer.Option(help="For search: the control task; makes it a negation.")] = None,
     control_floor: Annotated[float, typer.Option(help="Fraction of the control accuracy to keep.")] = 0.95,
     batch_size: o.BatchSize = 128,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    dtype: o.Dtype = "float32",
-    config: o.Config = None,
-    quiet: o.Quiet = False,
-    verbose: o.Verbose = False,
 ) -> None:
     """Add task vectors to a model, or subtract them, and write the edited encoder."""
     vectors, options = _vectors(add, subtract), _options(option or [])
     if not vectors:
         raise TalosError("no task vector: give --add or --subtract, once or more")
-    backbone = o.load_backbone(model, pretrained, device, dtype)
+    backbone = run.backbone()
     if alpha == "search":
         if weights:
             raise TalosError(
@@ -75,8 +69,7 @@ def merge(
         save_file({name: t.contiguous().clone() for name, t in edited.encoder.state_dict().items()}, temporary)
     storage.write_json(
         out / "merge.json",
-        {"model": model, "pretrained": pretrained, "alpha": coefficient, "weights": weights, "method": method,
-         "options": options,
+        {**run.source, "alpha": coefficient, "weights": weights, "method": method, "options": options,
          "add": [str(path) for path in add or []], "subtract": [str(path) for path in subtract or []], **report},
     )  # fmt: skip
     typer.echo(
@@ -86,29 +79,23 @@ def merge(
 
 
 @app.command()
+@o.with_run
 def evaluate(
-    model: o.Model,
+    run: o.Run,
     data: Annotated[list[Path], typer.Option(help="A task; repeatable.")],
     split: Annotated[str, typer.Option(help="train | validation | test")] = "test",
-    pretrained: o.Pretrained = None,
     weights: o.Weights = None,
     add: Add = None,
     subtract: Subtract = None,
     alpha: Annotated[float, typer.Option(help="Coefficient of --add and --subtract.")] = 1.0,
     out: Annotated[Path | None, typer.Option(help="JSON of the accuracies.")] = None,
     batch_size: o.BatchSize = 128,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    dtype: o.Dtype = "float32",
-    config: o.Config = None,
-    quiet: o.Quiet = False,
-    verbose: o.Verbose = False,
 ) -> None:
     """Top-1 accuracy of a model, edited or not, on one or more tasks."""
     if split not in ("train", "validation", "test"):
         raise TalosError(f"--split {split}: choose train, validation or test")
     vectors, tasks = _vectors(add, subtract), o.load_tasks(data)
-    backbone = o.load_backbone(model, pretrained, device, dtype)
+    backbone = run.backbone()
     # Heads may be computed with the encoder, so they come before any edit.
     classifiers = [backbone.classifier(task) for task in tasks]
     o.load_weights(classifiers[0], weights)
@@ -117,9 +104,9 @@ def evaluate(
         require_base(vector.base, classifiers[0], "the task vector")
     found = {}
     for task, classifier in zip(tasks, classifiers, strict=True):
-        batches = backbone.batches(getattr(task, split), batch_size=batch_size, seed=seed)
+        batches = backbone.batches(getattr(task, split), batch_size=batch_size)
         if vector is None:
-            accuracy = talos.evaluate(classifier, batches, progress=not quiet)
+            accuracy = talos.evaluate(classifier, batches, progress=not run.quiet)
         else:
             (accuracy,) = evaluate_along(classifier, vector, batches, [alpha])
         found[task.name] = {"accuracy": accuracy.value, "correct": accuracy.correct, "total": accuracy.total}

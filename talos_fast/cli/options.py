@@ -1,8 +1,12 @@
 """The options that several commands share, and what they stand for."""
 
+import functools
+import inspect
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,39 +39,73 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-Config = Annotated[
-    Path | None,
-    typer.Option(help="YAML file of options of this command; flags win.", callback=read_config, is_eager=True),
-]
-Model = Annotated[
-    str, typer.Option(help="open_clip:NAME, timm:NAME, hf:DIR, t5:DIR, or tiny; prefixes may be left out.")
-]
-Pretrained = Annotated[str | None, typer.Option(help="open_clip tag, or a weights file.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="Encoder weights that merge wrote, loaded over the pre-trained ones.")
-]
-Data = Annotated[Path, typer.Option(help="Folder of class folders, .npz, .jsonl(.gz), or hub:NAME@REVISION.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
-BatchSize = Annotated[int, typer.Option(min=1, help="Inputs a batch.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log what is done, and why.", callback=lambda on: _log(on))
-]
-
-
 def _log(on: bool) -> bool:
     if on:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     return on
 
 
-def load_backbone(model: str, pretrained: str | None, device: str, dtype: str) -> Backbone:
-    """The model, or `TalosError`."""
-    if dtype not in DTYPES:
-        raise TalosError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    return models.load(model, pretrained=pretrained, device=device, dtype=DTYPES[dtype])
+def _common(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Model and run", **more)
+
+
+Model = Annotated[str, _common("open_clip:NAME, timm:NAME, hf:DIR, t5:DIR, or tiny; prefixes may be left out.")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options of every command that loads a model: which, where, and how much the command says."""
+
+    model: Model
+    pretrained: Annotated[str | None, _common("open_clip tag, timm's 'hub', or a file; else random weights.")] = None
+    device: Annotated[str, _common("cpu, cuda, cuda:1, …")] = "cpu"
+    dtype: Annotated[str, _common(" | ".join(DTYPES))] = "float32"
+    seed: Annotated[int, _common("Of everything random.")] = 0
+    config: Annotated[
+        Path | None, _common("YAML file of options of this command; flags win.", callback=read_config, is_eager=True)
+    ] = None
+    quiet: Annotated[bool, _common("No progress bars.", "--quiet", "-q")] = False
+    verbose: Annotated[bool, _common("Log what is done, and why.", "--verbose", "-v", callback=_log)] = False
+
+    @property
+    def source(self) -> dict[str, str | None]:
+        """Which weights a result came from, for the result's own file."""
+        return {"model": self.model, "pretrained": self.pretrained}
+
+    def backbone(self) -> Backbone:
+        """The model, or `TalosError`."""
+        if self.dtype not in DTYPES:
+            raise TalosError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+        torch.manual_seed(self.seed)  # of random weights: the next command must find the same base
+        return models.load(self.model, pretrained=self.pretrained, device=self.device, dtype=DTYPES[self.dtype])
+
+
+def with_run(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its parameter ``run``, a `Run`, as options of its own.
+
+    typer makes an option of each parameter of a function, and knows nothing of options that belong together.
+    """
+    own = inspect.signature(command).parameters
+    run = own["run"].annotation
+    shared = inspect.signature(run).parameters
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        command(run=run(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = {**shared, **{name: parameter for name, parameter in own.items() if name != "run"}}
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    vars(flat)["__signature__"] = inspect.Signature(keywords)
+    return flat
+
+
+Weights = Annotated[
+    Path | None, typer.Option(help="Encoder weights that merge wrote, loaded over the pre-trained ones.")
+]
+Data = Annotated[
+    Path, typer.Option(help="Folder with train/CLASS/*.png …, .npz, .jsonl(.gz), hub:NAME@REVISION, demo:NAME.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs a batch.")]
 
 
 def load_tasks(paths: list[Path]) -> list[Task]:
@@ -85,13 +123,12 @@ def _load_task(path: Path) -> Task:
         return tasks.from_hub(source, revision=revision or None)
     if not str(path).startswith("demo:"):
         return tasks.load(path)
-    from talos_fast.demo import control_task, demo_tasks
+    from talos_fast.demo.tasks import TASKS
 
-    known = {task.name: task for task in [*demo_tasks(), control_task()]}
     name = str(path).removeprefix("demo:")
-    if name not in known:
-        raise TalosError(f"--data {path}: the embedded tasks are {', '.join(known)}")
-    return known[name]
+    if name not in TASKS:
+        raise TalosError(f"--data {path}: the embedded tasks are {', '.join(TASKS)}")
+    return TASKS[name](0)
 
 
 def load_weights(classifier: Classifier, path: Path | None) -> None:
@@ -103,4 +140,5 @@ def load_weights(classifier: Classifier, path: Path | None) -> None:
     try:
         classifier.encoder.load_state_dict(named_tensors(path), strict=True)
     except RuntimeError as error:
-        raise TalosError(f"--weights {path}: does not fit this model ({error})") from error
+        said = " ".join(str(error).split())  # names every key
+        raise TalosError(f"--weights {path}: does not fit this model ({said:.300})") from error

@@ -14,10 +14,10 @@ app = typer.Typer()
 
 
 @app.command()
+@o.with_run
 def profile(
-    model: o.Model,
+    run: o.Run,
     data: o.Data,
-    pretrained: o.Pretrained = None,
     weights: o.Weights = None,
     method: Annotated[str, typer.Option(help="Measured beside full fine-tuning.")] = "talos",
     mask: Annotated[Path | None, typer.Option(help="What calibrate wrote; for talos.")] = None,
@@ -32,24 +32,19 @@ def profile(
     trace: Annotated[Path | None, typer.Option(help="One iteration as a Chrome trace: .json or .json.gz.")] = None,
     out: Annotated[Path | None, typer.Option(help="Everything measured, as JSON.")] = None,
     batch_size: o.BatchSize = 128,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    dtype: o.Dtype = "float32",
-    config: o.Config = None,
-    verbose: o.Verbose = False,
 ) -> None:
     """Time and memory of a training iteration, beside full fine-tuning, with the counted floor."""
     selected = None if mask is None else talos.Mask.load(mask)
     changed = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
     (task,) = o.load_tasks([data])
-    backbone = o.load_backbone(model, pretrained, device, dtype)
+    backbone = run.backbone()
     classifier = backbone.classifier(task)
     o.load_weights(classifier, weights)
-    batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=seed)
+    batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
     found = talos.profile(
         classifier, batches, method=method, mask=selected, density=density, finetuned=changed, rank=rank,
         lora_alpha=lora_alpha, clip=clip or None, amp=amp, rounds=rounds, warmup=warmup, trace=trace,
     )  # fmt: skip
     typer.echo(str(found))
     if out is not None:
-        storage.write_json(out, {**found.to_json(), "model": model, "pretrained": pretrained, "task": task.name})
+        storage.write_json(out, {**found.to_json(), **run.source, "task": task.name})

@@ -35,8 +35,9 @@ class _Given:
 
 
 @app.command()
+@o.with_run
 def suite(
-    model: o.Model,
+    run: o.Run,
     more: Annotated[list[Path] | None, typer.Argument(help="Further tasks.", metavar="[TASK]...")] = None,
     tasks: Annotated[list[Path] | None, typer.Option(help="Folder or file of a task; more may follow it.")] = None,
     preset: Annotated[str | None, typer.Option(help="vision8 | language7: the paper's tasks, from --data.")] = None,
@@ -45,39 +46,33 @@ def suite(
     out: Annotated[Path, typer.Option(help="Folder of results; the same command goes on from there.")] = Path("suite"),
     methods: Annotated[list[str] | None, typer.Option(help="all (default), or names separated by commas.")] = None,
     merge: Annotated[list[str] | None, typer.Option(help="Post-hoc merging of nonlinear vectors; repeatable.")] = None,
-    pretrained: o.Pretrained = None,
     lr: Annotated[list[str] | None, typer.Option(help="RATE for all methods, or METHOD=RATE; repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="A task; default the preset's epochs, or 2000.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a fine-tuning; default the preset's, or 2000.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default the preset's, or 128.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default the preset's, or 0.1.")] = None,
     density: Annotated[float, typer.Option(help="Of the masks of talos and lota.")] = 0.1,
     samples: Annotated[int, typer.Option(min=1, help="Training inputs to calibrate on.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many validation inputs.")] = None,
     test_limit: Annotated[int | None, typer.Option(min=1, help="At most this many test inputs.")] = None,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    dtype: o.Dtype = "float32",
-    config: o.Config = None,
-    quiet: o.Quiet = False,
-    verbose: o.Verbose = False,
 ) -> None:
     """Run a table: methods × tasks, fine-tuned, added and negated. Stopped in any way, the same command goes on."""
     chosen = choose_methods(methods or ["all"])
-    given = _given([*(tasks or []), *(more or [])], preset, data, control, seed)
+    given = _given([*(tasks or []), *(more or [])], preset, data, control, run.seed)
     defaults: dict[str, tuple[float, ...]] = {m: RATES[m] if given.lr is None else (given.lr,) for m in chosen}
     plan = Plan(
         learning_rates=_rates(lr or [], defaults), steps=steps or STEPS, density=density, samples=samples,
         batch_size=given.batch_size if batch_size is None else batch_size,
         weight_decay=given.weight_decay if weight_decay is None else weight_decay,
-        limit=limit, test_limit=test_limit, seed=seed,
+        limit=limit, test_limit=test_limit, seed=run.seed,
     )  # fmt: skip
     recipes = given.recipes if steps is None else {task: _shortened(r, steps) for task, r in given.recipes.items()}
     whole = Suite(given.tasks, given.control, plan, recipes, merge or [])
-    backbone = o.load_backbone(model, pretrained, device, dtype)
+    identity = {"pretrained": run.pretrained, "device": run.device, "dtype": run.dtype}
+    backbone = run.backbone()
     try:
         result = run_suite(
-            backbone, whole, out, identity={"pretrained": pretrained, "device": device, "dtype": dtype},
-            progress=not quiet, finished=lambda so_far: typer.echo(f"{so_far.methods[-1].method}: done"),
+            backbone, whole, out, identity=identity,
+            progress=not run.quiet, finished=lambda so_far: typer.echo(f"{so_far.methods[-1].method}: done"),
         )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from {out}", err=True)

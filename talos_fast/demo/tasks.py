@@ -44,7 +44,7 @@ def demo_tasks(seed: int = 0) -> list[Task]:
     Raises:
         TalosError: scikit-learn or scikit-image is not installed.
     """
-    return [make(seed) for make in (digits, surfaces, letters, shapes, counts, patterns)]
+    return [TASKS[name](seed) for name in TARGETS]
 
 
 def control_task(seed: int = 0) -> Task:
@@ -154,3 +154,11 @@ def _task(
         labels = rng.permutation(np.arange(SIZES[part]) % len(class_names))
         splits[part] = Split(np.stack([draw(rng, int(label), part) for label in labels]), labels)
     return Task(name, class_names, templates, splits["train"], splits["validation"], splits["test"])
+
+
+TASKS: dict[str, Callable[[int], Task]] = {
+    make.__name__: make for make in (digits, surfaces, letters, shapes, counts, patterns, colours)
+}
+"""Every embedded task by name; made when it is asked for, which takes a second or two each."""
+
+TARGETS = tuple(name for name in TASKS if name != "colours")

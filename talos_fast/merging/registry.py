@@ -1,6 +1,7 @@
 """The merging methods by name, and `combine`, which runs one."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,8 +49,8 @@ def combine(
         **options: of the method, such as ``density``.
 
     Raises:
-        TalosError: no vector, another number of weights, vectors of different bases, an unknown method, or an option
-            that the method does not have or refuses.
+        TalosError: no vector, another number of weights or one that is not finite, vectors of different bases, an
+            unknown method, or an option that the method does not have or refuses.
     """
     if method not in METHODS:
         raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
@@ -57,6 +58,8 @@ def combine(
         raise TalosError("there is no task vector to merge; pass at least one")
     if weights is not None and len(weights) != len(vectors):
         raise TalosError(f"{len(weights)} weights for {len(vectors)} task vectors; give one a vector")
+    if weights is not None and not all(map(math.isfinite, weights)):
+        raise TalosError(f"weights {list(weights)}: every one must be a finite number")
     known = [name for name in inspect.signature(METHODS[method]).parameters if name != "vectors"]
     if foreign := sorted(options.keys() - set(known)):
         has = ", ".join(known) or "no options"

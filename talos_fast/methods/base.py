@@ -1,6 +1,6 @@
 """What a method is: it says what trains, with which optimizer, through which forward, and what vector comes of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,7 @@ class Setup:
             parameters.
         mask: which entries of the parameters move, if not all do.
         around: gives a context to enter around each forward and backward.
+        fixed: what the forward reads and nobody writes, beside the parameters of the model that do not train.
         info: provenance (JSON); ``linearized`` says that the vector is evaluated on the linearized model.
     """
 
@@ -78,6 +79,7 @@ class Setup:
     export: Callable[[], Deltas]
     mask: Mask | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    fixed: Collection[Tensor] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
 
 

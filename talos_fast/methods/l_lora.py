@@ -17,6 +17,7 @@ from talos_fast.indexing import flat_indices, gather
 from talos_fast.linear import Linearized
 from talos_fast.methods.base import Deltas, Request, Setup
 from talos_fast.structure import parts
+from talos_fast.tangents import LowRank
 
 RANK = 16
 LORA_ALPHA = 32.0
@@ -25,17 +26,19 @@ ADAPTED = ("query", "value")
 
 @dataclass(frozen=True)
 class Adapter:
-    """scale · B A on some rows of a weight.
+    """scale · B A on some output features of a weight.
 
     Args:
         name: of the weight.
-        rows: that it changes.
-        a: A0, (r, columns); fixed.
+        rows: that it changes, along ``dim``.
+        dim: of the weight, where its output features lie; if 1, as in transformers' ``Conv1D``, (B A)ᵀ is added.
+        a: A0, (r, inputs); fixed.
         b: B, (rows, r); starts at zero, and trains.
     """
 
     name: str
     rows: slice
+    dim: int
     a: Tensor
     b: nn.Parameter
 
@@ -72,7 +75,8 @@ def l_lora(request: Request) -> Setup:
 
     def export() -> Deltas:
         with torch.no_grad():
-            deltas = _deltas(_changes(adapters, parameters, scale))
+            changes = _changes(adapters, parameters, scale)
+            deltas = _deltas({name: change.dense() for name, change in changes.items()})
             Edit(request.model, deltas).move(1.0)
         return deltas
 
@@ -80,7 +84,7 @@ def l_lora(request: Request) -> Setup:
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
     factors = sum(b.nbytes for b in trained.values())
     info = {"linearized": True, "rank": rank, "lora_alpha": alpha, "factor_bytes": factors}
-    return Setup(trained, optimizer, forward, export, info=info)
+    return Setup(trained, optimizer, forward, export, around=expansion.around, info=info)
 
 
 def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
@@ -88,11 +92,13 @@ def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
     for name, p in model.named_parameters():
         for part in parts(name, tuple(p.shape)):
             if part.kind in ADAPTED and p.dim() == 2 and p.requires_grad:
-                start, stop, _ = part.rows.indices(len(p))
+                outputs, inputs = p.shape[part.dim], p.shape[1 - part.dim]
+                start, stop, _ = part.rows.indices(outputs)
                 generator = torch.Generator().manual_seed(crc32(f"{name}[{start}:]".encode()))
-                bound = 1 / math.sqrt(p.shape[1])  # kaiming_uniform_(a=√5)
-                a = (2 * torch.rand(rank, p.shape[1], generator=generator) - 1) * bound
-                found.append(Adapter(name, slice(start, stop), a.to(p), nn.Parameter(p.new_zeros(stop - start, rank))))
+                bound = 1 / math.sqrt(inputs)  # kaiming_uniform_(a=√5)
+                a = (2 * torch.rand(rank, inputs, generator=generator) - 1) * bound
+                b = nn.Parameter(p.new_zeros(stop - start, rank))
+                found.append(Adapter(name, slice(start, stop), part.dim, a.to(p), b))
     if not found:
         raise TalosError(
             f"method 'l-lora' adapts queries and values, and {type(model).__name__} has none that requires a gradient "
@@ -101,15 +107,17 @@ def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
     return found
 
 
-def _changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """scale · B A0 of every adapted weight, in its shape; differentiable in B."""
-    changes: dict[str, Tensor] = {}
+def _changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: float) -> dict[str, LowRank]:
+    """scale · B A0 of every adapted weight."""
+    terms: dict[str, list[tuple[slice, Tensor, Tensor]]] = {}
     for adapter in adapters:
-        p = parameters[adapter.name]
-        whole = changes.get(adapter.name, torch.zeros_like(p))
-        padding = (0, 0, adapter.rows.start, len(p) - adapter.rows.stop)
-        changes[adapter.name] = whole + nn.functional.pad(scale * adapter.b @ adapter.a, padding)
-    return changes
+        rows, left, right = adapter.rows, scale * adapter.b, adapter.a
+        if adapter.dim:
+            inputs, outputs = parameters[adapter.name].shape
+            padding = (rows.start, outputs - rows.stop)
+            rows, left, right = slice(0, inputs), right.t(), nn.functional.pad(left.t(), padding)
+        terms.setdefault(adapter.name, []).append((rows, left, right))
+    return {name: LowRank(tuple(parameters[name].shape), tuple(of)) for name, of in terms.items()}
 
 
 def _deltas(changes: Mapping[str, Tensor]) -> Deltas:

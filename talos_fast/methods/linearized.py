@@ -33,5 +33,6 @@ def linearized(request: Request) -> Setup:
 
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
     return Setup(
-        trained, optimizer, forward, export=lambda: differences(origin, trained), info={"linearized": True}
+        trained, optimizer, forward, export=lambda: differences(origin, trained), around=expansion.around,
+        fixed=origin.values(), info={"linearized": True},
     )  # fmt: skip

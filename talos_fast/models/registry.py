@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from talos_fast.errors import TalosError
+from talos_fast.forward import usable_device
 from talos_fast.models import encoders, open_clip, t5, timm
 from talos_fast.models.base import Backbone
 
@@ -43,7 +44,7 @@ def load(
     kind, _, rest = name.partition(":")
     if kind not in PREFIXES and name != "tiny":
         kind, rest = _guess(name), name
-    where = _device(device)
+    where = usable_device(device, "device")
     if kind == "open_clip":
         if ":" not in rest:  # open_clip's own hf-hub: and local-dir: are not in its list
             _check_name(kind, rest)
@@ -101,14 +102,3 @@ def _names(package: str) -> list[str]:
     except ImportError:
         return []
     return [str(name) for name in module.list_models()]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise TalosError(
-            f"device: {device!s} cannot be used ({error}); use 'cpu', or a device of this machine"
-        ) from error
-    return where

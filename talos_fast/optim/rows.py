@@ -1,26 +1,23 @@
 """`SelectedRows`: of a linear layer's weight gradient, only the rows that hold a selected entry are computed.
 
 A fused query-key-value weight whose mask leaves V alone pays for two thirds of the product, and keeps what it always
-kept: the gradient of the inputs needs every row. It is a `TorchFunctionMode`, because a linear map is recognised by
-its weight, whichever module calls `F.linear`: nn.Linear, timm's and transformers' attention, and the projections inside
-`F.multi_head_attention_forward`. Hooks and patched modules would have to know each class; torch.compile traces through
-a mode, without a graph break, and compiles anew when it is entered or left.
+kept: the gradient of the inputs needs every row. A linear map is recognised by its weight, whichever module calls
+`F.linear`: nn.Linear, timm's and transformers' attention, and the projections inside `F.multi_head_attention_forward`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 
 from talos_fast.errors import TalosError
 from talos_fast.optim.compact_operator import gather_selected
 from talos_fast.optim.plan import Selection, select
+from talos_fast.takeover import Takeover
 
 # Rows of a block that may be computed for nothing, of all: a block is a view, scattered rows are a copy.
 _SLACK = 1 / 16
@@ -75,7 +72,7 @@ def select_rows(parameter: Tensor, selection: Selection) -> Rows:
     return Rows(start, stop, index.to(parameter.device) if scattered else None, selection)
 
 
-class SelectedRows(TorchFunctionMode):
+class SelectedRows(Takeover):
     """Within it, linear maps compute the weight and bias gradients of rows with selected entries only.
 
     The others are zero, or absent once gradients are compacted. Values are those of plain autograd, under autocast too.
@@ -88,6 +85,8 @@ class SelectedRows(TorchFunctionMode):
         carriers: parameter -> the leaf that takes its selected entries in its place; see `Compaction`.
     """
 
+    functions = (F.linear,)
+
     def __init__(self, selections: Mapping[Tensor, Selection], carriers: Mapping[Tensor, Tensor]) -> None:
         super().__init__()
         self._carriers = carriers
@@ -97,21 +96,9 @@ class SelectedRows(TorchFunctionMode):
             if p.dim() in (1, 2) and p.is_contiguous() and p.numel()
         }
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Takes F.linear over, and stays on inside of what may hold one."""
-        kwargs = kwargs or {}
-        if func is F.linear:
-            return self._linear(*args, **kwargs)
-        if func in _UNCHECKED:
-            with self:
-                return _UNCHECKED[func](*args, **kwargs)
-        return func(*args, **kwargs)
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """F.linear, on selected rows."""
+        return self._linear(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not (weight in self._rows and weight.dim() == 2 and weight.requires_grad and torch.is_grad_enabled()):
@@ -161,7 +148,8 @@ class _RowsLinear(torch.autograd.Function):
         ctx.shape = input.shape
         ctx.rows, ctx.bias_rows = rows, bias_rows
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        output = F.linear(flat, cast, None if bias is None else bias.to(input.dtype))
+        # autocast may cast a frozen bias; of one that trains its cache would keep a copy without a graph.
+        output = F.linear(flat, cast, bias.to(input.dtype) if bias is not None and bias.requires_grad else bias)
         return output.view(*input.shape[:-1], len(weight))
 
     @staticmethod
@@ -185,20 +173,3 @@ class _RowsLinear(torch.autograd.Function):
             for_input, for_weight if of_weight else None, for_bias if of_bias else None,
             for_weight if of_weight_leaf else None, for_bias if of_bias_leaf else None, None, None,
         )  # fmt: skip
-
-
-def _unchecked(function: Any) -> FunctionType:
-    """The same code without the question, at its beginning, whether a mode wants to be called instead."""
-    scope = {name: value for name, value in function.__globals__.items() if name != "__name__"}
-    never = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda _: False)
-    opened = FunctionType(function.__code__, {**scope, **never}, function.__name__, function.__defaults__)
-    opened.__kwdefaults__ = function.__kwdefaults__
-    return opened
-
-
-# While a mode answers for a function it is off, and would miss the linear maps inside: those of attention, and of a
-# checkpointed forward that the backward runs again.
-_UNCHECKED = {
-    f: _unchecked(f)
-    for f in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad)
-}

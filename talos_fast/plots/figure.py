@@ -22,6 +22,13 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
 
 
 def save(figure: Any, path: str | Path) -> None:
-    """Writes a PNG, PDF or SVG, atomically."""
+    """Writes a PNG, PDF or SVG, atomically.
+
+    Raises:
+        TalosError: a path that ends in none of these, or that cannot be written.
+    """
+    kind = Path(path).suffix.removeprefix(".").lower() or "png"
+    if kind not in ("png", "pdf", "svg"):
+        raise TalosError(f"{path}: pictures are .png, .pdf or .svg, found .{kind}; give one of these endings")
     with atomic(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=130, format=Path(path).suffix.removeprefix(".") or "png")
+        figure.savefig(temporary, dpi=130, format=kind)

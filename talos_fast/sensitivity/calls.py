@@ -1,6 +1,6 @@
 """Hooked outputs, and what is remembered of them from batch to batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,19 @@ class Call:
         self.makes, self.inputs, self.coded = [], [], None
 
 
-class Tap(torch.autograd.Function):
+def tapped(anchor: Tensor, output: Tensor, aliases: Iterable[Alias], receive: Callable[[Tensor], None]) -> Tensor:
+    """``output``, which has no graph, as a tensor whose gradient goes to ``receive``.
+
+    To autograd it is no view, so functions such as ``relu(inplace=True)`` may write to it, unless it is a copy of a
+    parameter (see `Capture.expand`).
+    """
+    memory = output.untyped_storage().data_ptr()
+    if all(alias.parameter.untyped_storage().data_ptr() != memory for alias in aliases):
+        output = torch.ops.aten._unsafe_view(output, output.shape)
+    return _Tap.apply(anchor, output, receive)  # type: ignore[no-any-return]
+
+
+class _Tap(torch.autograd.Function):
     """The identity on a tensor without a graph; its backward hands the gradient over and stops."""
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from talos_fast.sensitivity.alias import Alias, derived
 from talos_fast.sensitivity.axis import Axis, codes, consistent, pattern, row_values
-from talos_fast.sensitivity.calls import Call, Plan, Site, Tap
+from talos_fast.sensitivity.calls import Call, Plan, Site, tapped
 from talos_fast.sensitivity.registry import ALIASING, CUTTING, RULES, Make, Split, UncoveredError
 from talos_fast.sensitivity.uses import PerSample, Use
 
@@ -62,6 +62,9 @@ class Capture(TorchFunctionMode):
         if not tracked or func in CUTTING:
             return func(*args, **kwargs)
         names = tuple(alias.name for alias in tracked)
+        if torch._C._are_functorch_transforms_active():
+            self._uncover(names, "it is used inside a transform of torch.func")
+            return func(*args, **kwargs)
         count = self._seen[names] = self._seen.get(names, -1) + 1
         self._site = (getattr(func, "__name__", str(func)), names, count)
         self._aliasing = func in ALIASING and len({id(alias.tensor) for alias in tracked}) == 1
@@ -140,7 +143,7 @@ class Capture(TorchFunctionMode):
         for alias in call.aliases:
             self._expected[alias.name] = self._expected.get(alias.name, 0) + 1
         if not output.requires_grad:
-            return Tap.apply(self._anchor, output, partial(self._receive, call))  # type: ignore[no-any-return]
+            return tapped(self._anchor, output, call.aliases, partial(self._receive, call))
         output.register_hook(partial(self._receive, call))
         return output
 

@@ -12,12 +12,22 @@ import talos_fast.sensitivity.attention
 import talos_fast.sensitivity.rules
 import talos_fast.sensitivity.views  # noqa: F401  (these three fill the registry)
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Batches, Forward, checked_logits, default_forward, device_of, labels_of, to_device
+from talos_fast.forward import (
+    Batch,
+    Batches,
+    Forward,
+    checked_logits,
+    default_forward,
+    device_of,
+    labels_of,
+    to_device,
+    usable_device,
+)
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
-from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, probe
-from talos_fast.sensitivity.evaluation import evaluating
-from talos_fast.sensitivity.examine import examine
+from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, check_probed, injected, probe
+from talos_fast.sensitivity.evaluation import differentiable, evaluating
+from talos_fast.sensitivity.examine import SAMPLES, examine
 from talos_fast.sensitivity.per_sample import add_squares_by_func
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.selection import maskable_parameters, unwrapped
@@ -58,7 +68,8 @@ def sensitivities(
             dimension is N holds one row a sample.
         forward: ``forward(model, batch) -> logits (N, K)``; default: call the model.
         estimator: what is differentiated; see `talos_fast.sensitivity.estimators.probe`.
-        labels: one (N,) tensor a batch, used instead of sampling; for tests and parity.
+        labels: one (N,) int64 tensor a batch, for the estimators that sample labels, instead of those; for tests and
+            parity.
         include, exclude: patterns of names; see `maskable_parameters`.
         samples_per_input: R probes an input, averaged; they share one forward.
         dtype: of the scores; default fp32, fp64 for an fp64 model.
@@ -73,8 +84,9 @@ def sensitivities(
         name -> tensor of the parameter's shape, non-negative.
 
     Raises:
-        TalosError: no batch, an empty one, NaN or infinite logits (the batch is named), no maskable parameter, samples
-            of a batch that interact, or another rank failed.
+        TalosError: no batch, an empty one, NaN or infinite logits, a single logit of which there is nothing to learn,
+            unfit ``labels`` (the batch is named), no maskable parameter, samples of a batch that interact, or another
+            rank failed.
     """
     model = unwrapped(model)
     scorer = Scorer(
@@ -127,7 +139,7 @@ class Scorer:
             raise TalosError(f"samples_per_input={self.repeats}: at least one probe an input is needed")
         if self.precision not in ("full", "bf16"):
             raise TalosError(f"precision={self.precision!r}: choose 'full' or 'bf16'")
-        self._examined = False
+        self._examined = 0
         self._announced: set[str] = set()
         self._random = torch.Generator().manual_seed(0)
 
@@ -135,7 +147,7 @@ class Scorer:
         self, dtype: torch.dtype | None, device: torch.device | str | None, kept: Mapping[str, Tensor] | None = None
     ) -> Ledger:
         """Empty sums for all parameters, or for the rows that have a True entry in ``kept``."""
-        place = None if device is None else torch.device(device)
+        place = None if device is None else usable_device(device, "scores_device")
         ledger = {}
         for name, p in self.parameters.items():
             rows = None if kept is None else wanted_rows(kept[name])
@@ -170,16 +182,16 @@ class Scorer:
             nonlocal count
             for index, batch in enumerate(bar(batches)):
                 where = f"batch {index}"
-                batch = to_device(batch, device)
+                batch = differentiable(to_device(batch, device))
                 size = len(labels_of(batch, where))
-                if not self._examined:
+                if self._examined < min(size, SAMPLES):  # again, if the first batch was of one sample
                     examine(self.model, self.parameters, self.forward, batch, where, self.plan, self._random)
-                    self._examined = True
+                    self._examined = min(size, SAMPLES)
                 draws = [
                     Draws(seed, [(count + n) * ranks.world + ranks.rank for n in range(size)], repeat)
                     for repeat in range(self.repeats)
                 ]
-                self._add(batch, ledger_of(index), draws, None if labels is None else labels[index], where)
+                self._add(batch, ledger_of(index), draws, injected(self.estimator, labels, index, where), where)
                 count += size
                 if stop():
                     raise KeyboardInterrupt
@@ -204,6 +216,7 @@ class Scorer:
 
         with Capture(captured, len(labels_of(batch, where)), self.plan, square) as capture:
             logits, labels = checked_logits(self.forward, self.model, batch, where)
+        check_probed(self.estimator, logits, sampled, where)
         # Squares of derivatives average over the repeats.
         probes = [probe(self.estimator, logits, labels, sampled, d) / self.repeats**0.5 for d in draws]
         capture.run(logits, probes, self._random)

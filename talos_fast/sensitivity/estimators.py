@@ -24,6 +24,36 @@ def check_estimator(name: str) -> None:
         raise TalosError(f"estimator={name!r}: choose one of {', '.join(get_args(Estimator))}")
 
 
+def injected(estimator: Estimator, labels: Sequence[Tensor] | None, index: int, where: str) -> Tensor | None:
+    """The injected labels of a batch; raises `TalosError` if the estimator samples none, or this batch has none."""
+    if labels is None:
+        return None
+    if estimator not in ("sampled-logprob", "sampled-logit"):
+        raise TalosError(f"labels= replace sampled labels, but estimator={estimator!r} samples none")
+    if index >= len(labels):
+        raise TalosError(f"{where}: labels= holds one tensor a batch, but only {len(labels)}")
+    return labels[index]
+
+
+def check_probed(estimator: Estimator, logits: Tensor, sampled: Tensor | None, where: str) -> None:
+    """Raises `TalosError`, naming the batch, for logits (N, K) or injected labels that cannot be probed."""
+    samples, classes = logits.shape
+    if classes == 1 and estimator not in ("jacobian", "sampled-logit"):
+        raise TalosError(
+            f"{where}: a single logit a sample has probability 1 whatever it is, so estimator={estimator!r} would give "
+            "0 everywhere; pass two logits from forward=, such as torch.cat([-z, z], 1) / 2, or estimator='jacobian'"
+        )
+    if sampled is None:
+        return
+    if sampled.shape != (samples,) or sampled.dtype is not torch.int64:
+        raise TalosError(
+            f"{where}: labels= must be ({samples},) int64, but is {tuple(sampled.shape)} of {sampled.dtype}"
+        )
+    low, high = int(sampled.min()), int(sampled.max())
+    if low < 0 or high >= classes:
+        raise TalosError(f"{where}: labels= {low} … {high}, but the model has {classes} classes, 0 … {classes - 1}")
+
+
 @dataclass(frozen=True)
 class Draws:
     """Random numbers that belong to samples: the same ones however the data is batched, split, or where it is scored.

@@ -7,9 +7,16 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from talos_fast.errors import TalosError
+from talos_fast.forward import Batch
+
+
+def differentiable(batch: Batch) -> Batch:
+    """The batch with copies of tensors that were made under `torch.inference_mode`, which autograd refuses."""
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 @contextmanager
@@ -27,7 +34,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         _refuse_batch_statistics(model)
         # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), without_checkpointing():
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.inference_mode(False), torch.enable_grad(), eager, without_checkpointing():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

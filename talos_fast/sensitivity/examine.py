@@ -19,7 +19,7 @@ from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.per_sample import gradients_one_by_one
 from talos_fast.sensitivity.uses import Accumulator, Use, add_squares
 
-SAMPLES = 2
+SAMPLES = 2  # the fewest among which interaction shows
 ATTEMPTS = 8  # forwards, each of which may find more uses that are not one row a sample
 
 
@@ -32,7 +32,7 @@ class Sketch(NamedTuple):
     @classmethod
     def of(cls, score: Tensor) -> "Sketch":
         """Linear in the score."""
-        matrix = score.reshape(score.shape[0], -1) if score.dim() else score.view(1, 1)
+        matrix = score.flatten(1) if score.dim() > 1 else score.view(-1, 1)
         return cls(_random(matrix.shape[0], matrix) @ matrix, matrix @ _random(matrix.shape[1], matrix))
 
     def plus(self, other: "Sketch | None") -> "Sketch":
@@ -81,16 +81,18 @@ def examine(
         if len(plan.shared) == before:
             break
     expected: dict[str, Sketch] = {}
-    tolerance = 1e-6 if logits.dtype is torch.float64 else 1e-2
-    for n, (alone, gradients) in enumerate(gradients_one_by_one(model, parameters, forward, few, probe)):
+    tolerance = _tolerance(logits, parameters)
+
+    def receive(name: str, gradient: Tensor) -> None:
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        expected[name] = Sketch.of(wide.square()).plus(expected.get(name))
+
+    for n, alone in enumerate(gradients_one_by_one(model, parameters, forward, few, probe, receive)):
         if float((alone - logits[n]).abs().max()) > tolerance * (1 + float(logits.abs().max())):
             raise TalosError(
                 f"{where}: logits change with the other samples of the batch, so there is no gradient per sample; "
                 "remove what mixes samples or draws random numbers in evaluation mode"
             )
-        for name, gradient in gradients.items():
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            expected[name] = Sketch.of(wide.square()).plus(expected.get(name))
     scale = max((sketch.largest for sketch in expected.values()), default=0.0)
     for name, p in parameters.items():
         zero = Sketch.of(torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)))
@@ -98,6 +100,15 @@ def examine(
         floor = torch.finfo(zero.left.dtype).eps ** 2 * scale
         if name not in plan.uncovered and not captured.get(name, zero).near(expected.get(name, zero), tolerance, floor):
             plan.uncovered[name] = "capture disagrees with a plain backward"
+
+
+def _tolerance(logits: Tensor, parameters: Mapping[str, Tensor]) -> float:
+    """What two ways of computing the same may differ by, relative to the largest entry."""
+    types = {logits.dtype, *(p.dtype for p in parameters.values())}
+    if torch.is_autocast_enabled(logits.device.type):
+        types.add(torch.get_autocast_dtype(logits.device.type))
+    coarsest = max(torch.finfo(dtype).eps for dtype in types)
+    return 1e-6 if coarsest < 1e-12 else max(1e-2, 16 * coarsest)
 
 
 def _captured(

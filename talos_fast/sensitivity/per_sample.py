@@ -2,32 +2,21 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward, take
+from talos_fast.forward import Batch, Forward, functional_forward, take
 from talos_fast.sensitivity.uses import Accumulator
 
 logger = logging.getLogger("talos_fast")
 
 # Entries of per-sample gradients that vmap may hold at once: 256 MB in fp32.
 CHUNK_ENTRIES = 2**26
-
-
-class _Hooked(nn.Module):
-    """Gives `functional_call` a module whose forward is the user's ``forward(model, batch)``."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._forward(self.model, batch)
 
 
 def add_squares_by_func(
@@ -55,9 +44,12 @@ def add_squares_by_func(
             raise
         except RuntimeError as refusal:
             logger.info("vmap refuses this model (%s); one backward a sample instead", str(refusal).split("\n")[0])
-            for _, gradients in gradients_one_by_one(model, parameters, forward, part, probe[start:stop]):
-                for name, gradient in gradients.items():
-                    ledger[name].add(gradient.to(ledger[name].values.dtype).square())
+
+            def receive(name: str, gradient: Tensor) -> None:
+                ledger[name].add(gradient.to(ledger[name].values.dtype).square())
+
+            for _ in gradients_one_by_one(model, parameters, forward, part, probe[start:stop], receive):
+                pass
             continue
         for name, gradients_of_all in found.items():
             ledger[name].add(gradients_of_all.to(ledger[name].values.dtype).square().sum(0))
@@ -67,39 +59,70 @@ def _by_vmap(
     model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor
 ) -> dict[str, Tensor]:
     """Name -> per-sample gradients (N, *shape), by ``vmap(grad)``."""
-    hooked = _Hooked(model, forward)
     leaves, structure = tree_flatten(batch)
     batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == len(probe) for leaf in leaves]
 
     def scalar(tracked: dict[str, Tensor], coefficients: Tensor, *rows: Tensor) -> Tensor:
         split = iter(rows)
         one = [next(split).unsqueeze(0) if is_row else leaf for leaf, is_row in zip(leaves, batched, strict=True)]
-        logits = functional_call(hooked, tracked, (tree_unflatten(one, structure),))
+        logits = functional_forward(forward, model, tracked, tree_unflatten(one, structure))
         total: Tensor = (logits[0] * coefficients).sum()
         return total
 
-    tracked = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    tracked = {name: parameter.detach() for name, parameter in parameters.items()}
     rows = [leaf for leaf, is_row in zip(leaves, batched, strict=True) if is_row]
     per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
-    return {name.removeprefix("model."): g for name, g in per_sample(tracked, probe, *rows).items()}
+    return per_sample(tracked, probe, *rows)
 
 
 def gradients_one_by_one(
-    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """For each sample in a batch of its own: its logits (K,), and the gradients by name of what is reached."""
-    names, tensors = list(parameters), list(parameters.values())
+    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor,
+    receive: Callable[[str, Tensor], object],
+) -> Iterator[Tensor]:  # fmt: skip
+    """For each sample, in a batch of its own: its logits (K,), after all its gradients went to ``receive``.
+
+    A gradient is received by name as soon as it is complete, and then freed: no two are held at once.
+    """
     for n, coefficients in enumerate(probe):
-        flags = [tensor.requires_grad for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.requires_grad_(True)
+        with _receiving(parameters, receive):
             single = forward(model, take(batch, n, n + 1, len(probe)))
             if not single.requires_grad:
                 raise TalosError("the logits do not depend on any maskable parameter; pass include= with others")
-            gradients = torch.autograd.grad((single[0] * coefficients).sum(), tensors, allow_unused=True)
-        finally:
-            for tensor, flag in zip(tensors, flags, strict=True):
-                tensor.requires_grad_(flag)
-        reached = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-        yield single[0].detach(), reached
+            (single[0] * coefficients).sum().backward()
+        yield single[0].detach()
+
+
+@contextmanager
+def _receiving(parameters: Mapping[str, Tensor], receive: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Gradients that a backward leaves in the parameters go to ``receive`` instead; theirs are as before afterwards.
+
+    Raises:
+        TalosError: a backward within the backward (a checkpoint of the model's own) brought a gradient in parts.
+    """
+    received = set()
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def taken(tensor: Tensor) -> None:
+            assert tensor.grad is not None
+            if name in received:
+                raise TalosError(f"{name!r} gets its gradient in parts, from a backward inside the backward; call the "
+                                 "model without its checkpointing: smaller batches save as much")  # fmt: skip
+            received.add(name)
+            receive(name, tensor.grad)
+            tensor.grad = None
+
+        return taken
+
+    before = [(tensor, tensor.requires_grad, tensor.grad) for tensor in parameters.values()]
+    hooks = []
+    try:
+        for name, tensor in parameters.items():
+            tensor.grad = None
+            hooks.append(tensor.requires_grad_(True).register_post_accumulate_grad_hook(hook(name)))
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for tensor, flag, gradient in before:
+            tensor.grad = gradient
+            tensor.requires_grad_(flag)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,8 +32,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._modules["_orig_mod"])
         else:
             return model
 

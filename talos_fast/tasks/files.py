@@ -150,7 +150,10 @@ def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Sp
         names = names or tuple(sorted(map(str, values)))
         foreign = sorted(map(str, values - set(names)))
         if foreign:
-            raise TalosError(f"{path}: found the labels {foreign[:5]}, which are not among the class names; add them")
+            raise TalosError(
+                f"{path}: found the labels {foreign[:5]}, which are not among the class names "
+                f"{', '.join(names[:5])}{', …' * (len(names) > 5)}; correct class_names=, datasets.json or classes.txt"
+            )
         index: dict[int | str, int] = {value: position for position, value in enumerate(names)}
         return {s: Split(texts[s], np.asarray([index[v] for v in labels[s]])) for s in texts}, names
     return {s: Split(texts[s], np.asarray(labels[s])) for s in texts}, names

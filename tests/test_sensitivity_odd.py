@@ -1,0 +1,141 @@
+"""Models, data and options out of the ordinary: scored exactly, or refused with the reason."""
+
+import logging
+
+import pytest
+import torch
+from oracles import assert_equal, by_loop, data, randomized, scores, uncovered
+from torch import nn
+from torch.nn import functional as F
+
+from talos_fast import TalosError
+from talos_fast.sensitivity import sensitivities
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog):
+    with caplog.at_level(logging.INFO, "talos_fast"):
+        yield
+
+
+class Net(nn.Module):
+    """A linear layer ``first``, whatever ``use`` makes of it, and a head."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.first, self.out, self.use = nn.Linear(6, 6), nn.Linear(6, 4), use
+
+    def forward(self, x):
+        return self.out(self.use(self.first, x).sum(1))
+
+
+def mapped(layer, x):
+    return torch.vmap(lambda row: torch.tanh(F.linear(row, layer.weight, layer.bias)))(x)
+
+
+def expected(model, batch):
+    return by_loop(model, lambda m, b: m(b[0]), batch, batch[1])
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_first_output_may_be_written_to(samples, caplog):
+    """Of three dimensions it is a view, and nothing before it has a gradient."""
+    model = randomized(Net(lambda layer, x: F.relu(layer(x), inplace=True)))
+    batch = data(samples, 3, 6)
+    assert_equal(scores(model, batch), expected(model, batch))
+    assert not uncovered(caplog)
+
+
+def test_a_transform_of_torch_func_inside_the_model(caplog):
+    model, batch = randomized(Net(mapped)), data(4, 3, 6)
+    assert_equal(scores(model, batch), expected(model, batch))
+    assert uncovered(caplog) == ["first.weight", "first.bias"] and "a transform of torch.func" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_traced_model_is_left_to_torch_func(caplog):
+    model, batch = randomized(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))), data(4, 6)
+    traced = torch.jit.trace(model, batch[0])
+    assert_equal(scores(traced, batch), expected(model, batch))
+    assert len(uncovered(caplog)) == 4
+
+
+def test_a_parameter_without_entries():
+    model, batch = randomized(Net(lambda layer, x: torch.tanh(layer(x)))), data(4, 3, 6)
+    model.nothing = nn.Parameter(torch.zeros(0, 6).double())
+    found = scores(model, batch)
+    assert found.pop("nothing").shape == (0, 6)
+    assert_equal(found, expected(model, batch))
+
+
+def test_rounding_to_bfloat16_is_not_taken_for_a_wrong_rule(caplog):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 6, enable_nested_tensor=False), nn.Flatten(), nn.Linear(160, 4))
+    x, y = torch.randn(4, 5, 32), torch.randint(0, 4, (4,))
+    exact = scores(model.double(), (x.double(), y))
+    for name, score in scores(model.bfloat16(), (x.bfloat16(), y)).items():
+        assert score.dtype is torch.float32 and (score - exact[name]).abs().max() < 0.2 * exact[name].max(), name
+    assert not uncovered(caplog)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_under_a_mode_without_gradients_and_with_tensors_made_there(mode):
+    model, (x, y) = randomized(Net(lambda layer, x: torch.tanh(layer(x)))), data(4, 3, 6)
+    truth = expected(model, (x, y))
+    with mode():
+        assert_equal(scores(model, (x * 1.0, y)), truth)
+
+
+class Wrapped(nn.Linear):
+    """Its logits inside what ``wrap`` makes of them."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__(5, 4)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+def test_logits_in_a_mapping_are_found_and_in_a_tuple_asked_for():
+    batch = data(4, 5)
+    assert scores(randomized(Wrapped(lambda logits: {"loss": 0, "logits": logits})), batch)["weight"].max() > 0
+    with pytest.raises(TalosError, match=r"batch 0: the model gave a tuple, not logits \(N, K\); pick them with forw"):
+        scores(randomized(Wrapped(lambda logits: (logits, None))), batch)
+
+
+def test_interaction_shows_once_there_is_a_second_sample():
+    model, batch = randomized(Wrapped(lambda logits: logits - logits.mean(0))), data(4, 5)
+    with pytest.raises(TalosError, match="batch 1: logits change with the other samples"):
+        scores(model, (batch[0][:1], batch[1][:1]), batch)
+
+
+def test_samples_that_are_not_in_the_first_dimension_are_asked_for():
+    x, y = data(4, 3, 6)
+    model = randomized(Net(lambda layer, x: torch.tanh(layer(x.transpose(0, 1)))))
+    with pytest.raises(TalosError, match=r"logits of shape \(4, 4\) for 2 labels.*samples come first"):
+        scores(model, (x.transpose(0, 1), y))
+    turned = scores(model, (x, y), forward=lambda m, b: m(b[0].transpose(0, 1)))
+    assert_equal(turned, by_loop(model, lambda m, b: m(b[0].transpose(0, 1)), (x, y), y))
+
+
+def test_a_single_logit_is_refused_where_its_probability_is_asked_for():
+    model, (x, _) = randomized(nn.Linear(5, 1)), data(4, 5)
+    batch = (x, torch.zeros(4, dtype=torch.int64))
+    for estimator in ("fisher", "sampled-logprob", "empirical"):
+        with pytest.raises(TalosError, match=f"batch 0: a single logit.*estimator='{estimator}' would give 0"):
+            sensitivities(model, [batch], estimator=estimator)
+    assert sensitivities(model, [batch], estimator="jacobian")["weight"].min() > 0
+
+
+@pytest.mark.parametrize("estimator, labels, message", [
+    ("fisher", [torch.zeros(4, dtype=torch.int64)], "estimator='fisher' samples none"),
+    ("empirical", [torch.zeros(4, dtype=torch.int64)], "estimator='empirical' samples none"),
+    ("sampled-logit", [], "batch 0: labels= holds one tensor a batch, but only 0"),
+    ("sampled-logit", [torch.zeros(1, dtype=torch.int64)], r"batch 0: labels= must be \(4,\) int64, but is \(1,\)"),
+    ("sampled-logit", [torch.zeros(4)], r"must be \(4,\) int64, but is \(4,\) of torch.float32"),
+    ("sampled-logprob", [torch.tensor([0, 1, 2, 4])], "batch 0: labels= 0 … 4, but the model has 4 classes, 0 … 3"),
+])  # fmt: skip
+def test_labels_that_cannot_be_injected_are_refused(estimator, labels, message):
+    with pytest.raises(TalosError, match=message):
+        sensitivities(nn.Linear(5, 4).double(), [data(4, 5)], estimator=estimator, labels=labels)
