@@ -12,7 +12,7 @@ vector. *added*, *norm.*, *of best*: all vectors added with one α, absolute, ov
 the best *single* of any method. *target*, *control*: one vector subtracted, accuracy on its task (lower is better)
 and on the control task, kept at 95 % of its start on validation data. *kB*: a vector (for l-lora its factors B).
 *s/task*: calibration and training at the chosen rate on a machine shared with other work: no speed measurement.
-Learning rates and α were chosen on validation data; for addition α is at most 1, for negation at most 3.
+Learning rates and α were chosen on validation data.
 """
 COLUMNS = ("method", "lr", "single", "added", "norm.", "of best", "α", "target", "control", "kB", "s/task", "seeds")
 
@@ -70,7 +70,7 @@ def _table(name: str) -> str:
     plan, zero, control = first["plan"], 100 * mean(first["zero_shot"]), 100 * first["zero_shot_control"]
     lines = [
         f"**{name}**: {first['model'].split('/')[-1]}, {len(first['zero_shot'])} tasks, {plan['steps']} steps of "
-        f"{plan['batch_size']}; control {first['control_task']}",
+        f"{plan['batch_size']}; control {first['control_task']}, α of negation up to {_reach(found)}",
         "", "| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
         f"| zero-shot |  | {zero:.1f} | {zero:.1f} |  |  |  | {zero:.1f} | {control:.1f} |  |  |  |",
     ]  # fmt: skip
@@ -78,6 +78,13 @@ def _table(name: str) -> str:
         missing = f"| {method} | not measured |" + "  |" * (len(COLUMNS) - 2)
         lines.append(_row(method, found[method], best) if method in found else missing)
     return "\n".join(lines) + "\n"
+
+
+def _reach(found: dict[str, list[dict]]) -> str:
+    """The largest α that negation tried, in every row."""
+    tried = [max(trial["alpha"] for of in row["negation"].values() for trial in of["trials"])
+             for rows in found.values() for row in rows]  # fmt: skip
+    return " or ".join(f"{alpha:g}" for alpha in sorted(set(tried)))
 
 
 def _row(method: str, rows: list[dict], best: dict[str, float]) -> str:
