@@ -119,7 +119,8 @@ def main() -> None:
         found[variant] = measure(name, variant, change, default, arguments.out, arguments.tasks)
         write_json(path, found)
         ordered = {name: found[name] for name in variants(lr, plan.steps) if name in found}
-        path.with_suffix(".md").write_text(markdown(ordered), encoding="utf-8")
+        about = f"**{name}**: {', '.join(found[variant]['tasks'])}; validation data, means over tasks in %\n\n"
+        path.with_suffix(".md").write_text(about + markdown(ordered), encoding="utf-8")
         print(markdown({variant: found[variant]}).splitlines()[-1], flush=True)
 
 
