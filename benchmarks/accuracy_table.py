@@ -101,7 +101,7 @@ def _row(method: str, rows: list[dict], best: dict[str, float]) -> str:
 
 
 def plot(names: Sequence[str], path: Path) -> None:
-    """Single-task against merged accuracy, and what negation leaves, for each setting."""
+    """Single-task against merged accuracy, and what negation leaves, for each setting; says what is not measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,17 +110,25 @@ def plot(names: Sequence[str], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(names), figsize=(4.2 * len(names), 7), squeeze=False, layout="constrained")
     for column, name in enumerate(names):
         found = results(name)
+        axes[0, column].set(title=name, xlabel="single task, %", ylabel="all added, %")
+        axes[1, column].set(ylabel="target after negation, % (lower is better)")
+        if not found:
+            for axis in axes[:, column]:
+                axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+            continue
         best, zero = best_single(found), 100 * mean(next(iter(found.values()))[0]["zero_shot"])
-        for method, rows in found.items():
-            values = measures(rows, best)
-            color = f"C{METHODS.index(method)}"
+        for number, method in enumerate(METHODS):
+            if method not in found:
+                axes[1, column].bar(method, 0)
+                axes[1, column].text(number, 1, "not measured", rotation=90, ha="center", va="bottom")
+                continue
+            values, color = measures(found[method], best), f"C{number}"
             (x, dx), (y, dy), (target, dt) = (values[key] for key in ("single", "added", "target"))
-            axes[0, column].errorbar(x, y, dy, dx, fmt="o", color=color, label=method, capsize=2)
+            axes[0, column].errorbar(x, y, dy or None, dx or None, fmt="o", color=color, label=method, capsize=2)
             axes[1, column].bar(method, target, yerr=dt or None, color=color, capsize=2)
         axes[0, column].axhline(zero, color="grey", ls=":", lw=1, label="zero-shot")
         axes[1, column].axhline(zero, color="grey", ls=":", lw=1)
-        axes[0, column].set(title=name, xlabel="single task, %", ylabel="all added, %")
-        axes[1, column].set(ylabel="target after negation, % (lower is better)")
         axes[1, column].tick_params(axis="x", rotation=30)
-    axes[0, 0].legend(fontsize=8)
+    if axes[0, 0].get_legend_handles_labels()[1]:
+        axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
