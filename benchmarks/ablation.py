@@ -55,7 +55,7 @@ def of_kind(mask: Mask, kind: str) -> Mask:
         kept[name] = torch.zeros_like(tensor)
         for part in parts(name, tuple(tensor.shape)):
             if part.kind == kind:
-                kept[name][part.rows] = tensor[part.rows]
+                part.of(kept[name]).copy_(part.of(tensor))
     return Mask(kept, base=mask.base, info={**mask.info, "only": kind})
 
 
@@ -119,7 +119,8 @@ def main() -> None:
         found[variant] = measure(name, variant, change, default, arguments.out, arguments.tasks)
         write_json(path, found)
         ordered = {name: found[name] for name in variants(lr, plan.steps) if name in found}
-        path.with_suffix(".md").write_text(markdown(ordered), encoding="utf-8")
+        about = f"**{name}**: {', '.join(found[variant]['tasks'])}; validation data, means over tasks in %\n\n"
+        path.with_suffix(".md").write_text(about + markdown(ordered), encoding="utf-8")
         print(markdown({variant: found[variant]}).splitlines()[-1], flush=True)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accuracy_settings import SETTINGS
-from accuracy_table import METHODS, RESULTS, mean, plot, results, table_text
+from accuracy_table import METHODS, RESULTS, mean, plot, table_text
 
 import talos_fast
 from talos_fast.cells import Cells
@@ -88,7 +88,7 @@ def main() -> None:
     text = table_text(arguments.settings)
     print(text)
     (RESULTS / "table.md").write_text(text, encoding="utf-8")
-    plot([name for name in arguments.settings if results(name)], RESULTS / "arithmetic.png")
+    plot(arguments.settings, RESULTS / "arithmetic.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ IMAGES = ("gtsrb", "fashion_mnist", "sign_language_digits", "mnist", "cifar10")
 
 # The same for every method. Negation goes on past 1: a vector that moves little ends there with control to spare.
 ADDITION = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-NEGATION = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
+NEGATION = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)

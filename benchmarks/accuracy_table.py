@@ -12,7 +12,7 @@ vector. *added*, *norm.*, *of best*: all vectors added with one α, absolute, ov
 the best *single* of any method. *target*, *control*: one vector subtracted, accuracy on its task (lower is better)
 and on the control task, kept at 95 % of its start on validation data. *kB*: a vector (for l-lora its factors B).
 *s/task*: calibration and training at the chosen rate on a machine shared with other work: no speed measurement.
-Learning rates and α were chosen on validation data; for addition α is at most 1, for negation at most 3.
+Learning rates and α were chosen on validation data.
 """
 COLUMNS = ("method", "lr", "single", "added", "norm.", "of best", "α", "target", "control", "kB", "s/task", "seeds")
 
@@ -70,7 +70,7 @@ def _table(name: str) -> str:
     plan, zero, control = first["plan"], 100 * mean(first["zero_shot"]), 100 * first["zero_shot_control"]
     lines = [
         f"**{name}**: {first['model'].split('/')[-1]}, {len(first['zero_shot'])} tasks, {plan['steps']} steps of "
-        f"{plan['batch_size']}; control {first['control_task']}",
+        f"{plan['batch_size']}; control {first['control_task']}, α of negation up to {_reach(found)}",
         "", "| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
         f"| zero-shot |  | {zero:.1f} | {zero:.1f} |  |  |  | {zero:.1f} | {control:.1f} |  |  |  |",
     ]  # fmt: skip
@@ -78,6 +78,13 @@ def _table(name: str) -> str:
         missing = f"| {method} | not measured |" + "  |" * (len(COLUMNS) - 2)
         lines.append(_row(method, found[method], best) if method in found else missing)
     return "\n".join(lines) + "\n"
+
+
+def _reach(found: dict[str, list[dict]]) -> str:
+    """The largest α that negation tried, in every row."""
+    tried = [max(trial["alpha"] for of in row["negation"].values() for trial in of["trials"])
+             for rows in found.values() for row in rows]  # fmt: skip
+    return " or ".join(f"{alpha:g}" for alpha in sorted(set(tried)))
 
 
 def _row(method: str, rows: list[dict], best: dict[str, float]) -> str:
@@ -94,7 +101,7 @@ def _row(method: str, rows: list[dict], best: dict[str, float]) -> str:
 
 
 def plot(names: Sequence[str], path: Path) -> None:
-    """Single-task against merged accuracy, and what negation leaves, for each setting."""
+    """Single-task against merged accuracy, and what negation leaves, for each setting; says what is not measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,17 +110,25 @@ def plot(names: Sequence[str], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(names), figsize=(4.2 * len(names), 7), squeeze=False, layout="constrained")
     for column, name in enumerate(names):
         found = results(name)
+        axes[0, column].set(title=name, xlabel="single task, %", ylabel="all added, %")
+        axes[1, column].set(ylabel="target after negation, % (lower is better)")
+        if not found:
+            for axis in axes[:, column]:
+                axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+            continue
         best, zero = best_single(found), 100 * mean(next(iter(found.values()))[0]["zero_shot"])
-        for method, rows in found.items():
-            values = measures(rows, best)
-            color = f"C{METHODS.index(method)}"
+        for number, method in enumerate(METHODS):
+            if method not in found:
+                axes[1, column].bar(method, 0)
+                axes[1, column].text(number, 1, "not measured", rotation=90, ha="center", va="bottom")
+                continue
+            values, color = measures(found[method], best), f"C{number}"
             (x, dx), (y, dy), (target, dt) = (values[key] for key in ("single", "added", "target"))
-            axes[0, column].errorbar(x, y, dy, dx, fmt="o", color=color, label=method, capsize=2)
+            axes[0, column].errorbar(x, y, dy or None, dx or None, fmt="o", color=color, label=method, capsize=2)
             axes[1, column].bar(method, target, yerr=dt or None, color=color, capsize=2)
         axes[0, column].axhline(zero, color="grey", ls=":", lw=1, label="zero-shot")
         axes[1, column].axhline(zero, color="grey", ls=":", lw=1)
-        axes[0, column].set(title=name, xlabel="single task, %", ylabel="all added, %")
-        axes[1, column].set(ylabel="target after negation, % (lower is better)")
         axes[1, column].tick_params(axis="x", rotation=30)
-    axes[0, 0].legend(fontsize=8)
+    if axes[0, 0].get_legend_handles_labels()[1]:
+        axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

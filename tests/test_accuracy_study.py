@@ -67,7 +67,7 @@ def test_rows_table_and_plot(results, tmp_path):
     row = json.loads((results / "small" / "talos_seed1.json").read_text())
     assert [trial["alpha"] for trial in row["addition"]["trials"]] == [0.0, 0.5]
     assert [trial["alpha"] for trial in row["negation"]["four"]["trials"]] == [0.0, 1.0, 3.0]
-    accuracy_table.plot(["small"], tmp_path / "plot.png")
+    accuracy_table.plot(["small", "other"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

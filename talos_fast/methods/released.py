@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import AdamW
 
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch
 from talos_fast.mask import Mask
 from talos_fast.methods.base import Deltas, Request, Setup, differences, snapshot
-from talos_fast.methods.l_lora import ADAPTED, LORA_ALPHA, RANK, _adapters
+from talos_fast.methods.l_lora import ADAPTED, LORA_ALPHA, RANK, _adapters, _changes
 from talos_fast.methods.lota import lota_mask
 from talos_fast.methods.masked import masked
 from talos_fast.methods.talos import talos_mask
@@ -130,12 +129,8 @@ def l_lora(request: Request) -> Setup:
     origin = snapshot(base)
 
     def moved() -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
-        for a in adapters:
-            p = parameters[a.name]
-            change = functional.pad(scale * a.b @ a.a, (0, 0, a.rows.start, len(p) - a.rows.stop))
-            values[a.name] = values.get(a.name, p) + change
-        return values
+        changes = _changes(adapters, parameters, scale)
+        return {name: parameters[name] + change.dense() for name, change in changes.items()}
 
     adapted = _Adapted(request.model, moved)
 
