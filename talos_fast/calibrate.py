@@ -15,13 +15,14 @@ from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Batches, Forward, default_forward
 from talos_fast.interrupt import interruptible
 from talos_fast.mask import Mask, resolve_density
-from talos_fast.rounds import RoundFile, Survivors
+from talos_fast.rounds import Masks, RoundFile, Survivors
 from talos_fast.sensitivity.engine import Ledger, Scorer, progress_bar
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.selection import maskable_parameters, patterns, unwrapped
 from talos_fast.sensitivity.threshold import select_extreme
 from talos_fast.sensitivity.uses import Precision
+from talos_fast.stability import Halves
 
 logger = logging.getLogger("talos_fast")
 
@@ -56,9 +57,9 @@ def calibrate(
     and gives the very mask of a run that was not interrupted. Where torch.distributed is initialized every rank brings
     its own batches, dealt as `torch.utils.data.DistributedSampler` deals them, and all get the same mask.
 
-    Memory beside the model and its activations, per maskable entry: 4 bytes of scores (8 with ``stability``, which
-    sums the even and the odd batches apart), 1 byte of mask (3), and a copy of the parameters on the CPU (none if
-    ``rounds`` or ``damage`` is 1). ``scores_device="cpu"`` takes the scores off a GPU.
+    Memory beside the model and its activations, per maskable entry: 4 bytes of scores, 1 byte of mask, and a copy of
+    the parameters on the CPU (none if ``rounds`` or ``damage`` is 1). ``scores_device="cpu"`` takes the scores off a
+    GPU.
 
     Args:
         model: the pre-trained model; `talos_fast.sensitivity.maskable_parameters` chooses its maskable parameters.
@@ -126,7 +127,7 @@ def calibrate(
             if number < rounds:
                 _damage(parameters, {name: old & ~chosen[0][name] for name, old in state.kept.items()}, damage)
             spent = state.seconds + time.perf_counter() - start
-            state, start = Survivors(chosen, number, spent, samples), time.perf_counter()
+            state, start = Survivors(chosen, state.rows, number, spent, samples), time.perf_counter()
             if ranks.rank == 0:
                 file.save(state)
     report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
@@ -134,45 +135,53 @@ def calibrate(
 
 
 class _RoundScores:
-    """The scores of one round, those of even and of odd batches apart if their masks are followed too."""
+    """The scores of one round, and those of the watched rows by halves of the data."""
 
     def __init__(self, scorer: Scorer, state: Survivors, device: torch.device | str | None) -> None:
         self._scorer, self._state, self._device = scorer, state, device
-        self._alive = state.alive()
-        self._ledgers: list[Ledger] = []
+        self._ledger: Ledger = {}
+        self._halves: Halves | None = None
+        self._batches = 0
 
     def of(self, index: int) -> Ledger:
         """Where the squares of a batch go."""
-        index %= max(1, len(self._state.masks) - 1)
-        while len(self._ledgers) <= index:
-            self._ledgers.append(self._scorer.ledger(None, self._device, self._alive))
-        return self._ledgers[index]
+        if not self._ledger:
+            self._ledger = self._scorer.ledger(None, self._device, self._state.alive())
+            if self._state.halves:
+                self._halves = Halves(self._ledger, self._state.rows, self._state.halves[0])
+        if self._halves is not None:
+            self._halves.turn(index)
+        self._batches = index + 1
+        return self._ledger
 
-    def lowest(self, count: int, ranks: Ranks) -> list[dict[str, Tensor]]:
-        """The next masks: each the ``count`` lowest entries of the last, by all scores, and by those of either half."""
-        # A rank with less data than others has the same tensors to sum.
-        for index in range(ranks.most(len(self._ledgers))):
-            ranks.summed(self.of(index))
-        followed = self._state.masks[1:] if len(self._ledgers) == 2 else []
-        halves = [_lowest(ledger, last, count) for ledger, last in zip(self._ledgers, followed, strict=False)]
-        whole = self._ledgers[0]
-        for ledger in self._ledgers[1:]:
-            for name, accumulator in whole.items():
-                accumulator.values.add_(ledger[name].values)
-        return [_lowest(whole, self._state.kept, count), *halves]
+    def lowest(self, count: int, ranks: Ranks) -> list[Masks]:
+        """The next masks: the ``count`` lowest entries of all, and as large a part of the watched rows by each half."""
+        batches = self._batches
+        ledger = self.of(batches)  # a rank without data has the same tensors to sum; counts the last batch
+        halves: list[Masks] = []
+        if self._halves is not None and ranks.most(batches) > 1:
+            for scores, kept in zip(self._halves.sums, self._state.halves, strict=True):
+                ranks.sum(scores.values())
+                halves.append(_lowest(scores, kept, round(count * _numel(kept) / _numel(self._state.kept))))
+        ranks.sum(accumulator.values for accumulator in ledger.values())
+        scores = {name: accumulator.values for name, accumulator in ledger.items()}
+        inside = {name: accumulator.wanted(self._state.kept[name]) for name, accumulator in ledger.items()}
+        chosen = {name: torch.zeros_like(mask) for name, mask in self._state.kept.items()}
+        for name, selected in _lowest(scores, inside, count).items():
+            rows, mask = ledger[name].rows, chosen[name]
+            mask[... if rows is None else rows.to(mask.device)] = selected.to(mask.device)
+        return [chosen, *halves]
 
 
-def _lowest(ledger: Ledger, kept: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+def _numel(masks: Masks) -> int:
+    return sum(mask.numel() for mask in masks.values())
+
+
+def _lowest(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int) -> Masks:
     """Which entries of ``kept`` have the ``count`` lowest scores."""
-    places = {name: accumulator.wanted(kept[name]) for name, accumulator in ledger.items()}
-    scores = {name: ledger[name].values if bool(place.all()) else ledger[name].values[place]
-              for name, place in places.items()}  # fmt: skip
-    chosen = {name: torch.zeros_like(mask) for name, mask in kept.items()}
-    for name, selected in select_extreme(scores, count).items():
-        rows, device = ledger[name].rows, kept[name].device
-        inside = torch.zeros_like(places[name]).masked_scatter_(places[name], selected)
-        chosen[name][slice(None) if rows is None else rows.to(device)] = inside.to(device)
-    return chosen
+    competing = {name: score if bool(kept[name].all()) else score[kept[name]] for name, score in scores.items()}
+    chosen = select_extreme(competing, count)
+    return {name: torch.zeros_like(mask).masked_scatter_(mask, chosen[name]) for name, mask in kept.items()}
 
 
 @contextmanager

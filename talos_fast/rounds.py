@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,13 @@ from torch import Tensor
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.stability import watched_rows
 
 FILE = "calibration.safetensors"
+
+
+Masks = dict[str, Tensor]
+"""Parameter name -> bool tensor, True = not rejected so far."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,16 @@ class Survivors:
     """A calibration between two rounds.
 
     Args:
-        masks: name -> bool tensor on the parameter's device, True = not rejected so far: by all data, and maybe by
-            either half of it.
+        masks: by all data, with the parameter's shape and device; and maybe by either half of it, of the watched rows,
+            on the CPU.
+        rows: the watched rows, see `watched_rows`.
         round: how many rounds are complete.
         seconds: spent so far.
         samples: scored in the last round, on all ranks.
     """
 
-    masks: list[dict[str, Tensor]]
+    masks: list[Masks]
+    rows: dict[str, Tensor]
     round: int = 0
     seconds: float = 0.0
     samples: int = 0
@@ -36,28 +42,37 @@ class Survivors:
     @classmethod
     def all(cls, parameters: Mapping[str, Tensor], halves: bool) -> "Survivors":
         """The start: nothing rejected."""
-        return cls(
-            [{name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}] * (3 if halves else 1)
-        )
+        rows = watched_rows(parameters)
+        kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+        half = {name: torch.ones(len(rows[name]), *p.shape[1:], dtype=torch.bool) for name, p in parameters.items()}
+        return cls([kept, half, half] if halves else [kept], rows)
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self) -> Masks:
         """By all data."""
         return self.masks[0]
 
     @property
+    def halves(self) -> list[Masks]:
+        """By the even and by the odd batches; none if they are not followed."""
+        return self.masks[1:]
+
+    @property
     def stability(self) -> float | None:
         """The Jaccard index of both halves' masks, if they were followed."""
-        if len(self.masks) < 3 or not self.round:
+        if not self.halves or not self.round:
             return None
         pairs = [(mask, self.masks[2][name]) for name, mask in self.masks[1].items()]
         either = sum(int((one | other).sum()) for one, other in pairs)
         return round(sum(int((one & other).sum()) for one, other in pairs) / either, 4)
 
-    def alive(self) -> dict[str, Tensor]:
+    def alive(self) -> Masks:
         """What any of the masks has kept."""
-        first, *others = self.masks
-        return {name: reduce(torch.logical_or, (mask[name] for mask in others), mask) for name, mask in first.items()}
+        alive = {name: torch.atleast_1d(mask).clone() for name, mask in self.kept.items()}
+        for half in self.halves:
+            for name, mask in half.items():
+                alive[name][self.rows[name].to(alive[name].device)] |= mask.to(alive[name].device)
+        return {name: mask.view_as(self.kept[name]) for name, mask in alive.items()}
 
 
 class RoundFile:
@@ -107,5 +122,6 @@ class RoundFile:
                     f"{self.path}: a calibration with {key}={theirs.get(key)!r}, this one has {key}={mine!r}; use "
                     "another checkpoint_dir, or resume=False to start over"
                 )
-        placed = [{name: part[name].to(p.device) for name, p in parameters.items()} for part in masks.values()]
-        return Survivors(placed, **file.info["progress"])
+        kept = {name: masks["0"][name].to(p.device) for name, p in parameters.items()}
+        halves = [masks[part] for part in ("1", "2") if part in masks]
+        return Survivors([kept, *halves], watched_rows(parameters), **file.info["progress"])

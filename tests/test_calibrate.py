@@ -13,6 +13,7 @@ from torch import nn
 from talos_fast import Mask, TalosError, calibrate
 from talos_fast.sensitivity import sensitivities
 from talos_fast.sensitivity.engine import wanted_rows
+from talos_fast.sensitivity.uses import Accumulator
 
 
 def model() -> nn.Module:
@@ -124,6 +125,31 @@ def test_stability_is_the_agreement_of_the_halves():
     assert calibrate(net, data[:1], progress=False).info["stability"] is None
     apart = calibrate(net, data, stability=False, progress=False)
     assert apart.info["stability"] is None and apart.overlap(whole)["total"] > 0.999
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_stability_of_a_sample_of_rows_is_near_that_of_all(monkeypatch, rounds):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 3))
+    whole = calibrate(net, batches(), rounds=rounds, progress=False)
+    monkeypatch.setattr("talos_fast.stability.WATCHED", 130_000)
+    some = calibrate(net, batches(), rounds=rounds, progress=False)
+    assert some == whole, "what is watched does not change the mask"
+    assert some.info["stability"] != whole.info["stability"]
+    assert some.info["stability"] == pytest.approx(whole.info["stability"], abs=0.05)
+
+
+def test_scores_are_held_once(monkeypatch):
+    """Following the halves makes no second set of sums."""
+    made = []
+    zeros = Accumulator.zeros
+    monkeypatch.setattr(Accumulator, "zeros", lambda *a, **k: made.append(1) or zeros(*a, **k))
+    net, counts = attention_net(), []
+    for stability in (False, True):
+        made.clear()
+        calibrate(net, sequences(), rounds=1, stability=stability, progress=False)
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
 
 
 def test_bf16_products_change_a_thousandth_of_the_mask():

@@ -103,7 +103,9 @@ def sensitivities(
 
     ranks = Ranks()
     scorer.score(batches, only, seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
-    return {name: accumulator.values for name, accumulator in ranks.summed(only(0)).items()}
+    scores = {name: accumulator.values for name, accumulator in only(0).items()}
+    ranks.sum(scores.values())
+    return scores
 
 
 def progress_bar(progress: bool, ranks: Ranks, label: str = "sensitivity") -> Callable[[Batches], Iterable[Batch]]:

@@ -1,16 +1,12 @@
 """Scoring over the ranks of torch.distributed: each brings its own batches, all get the sum."""
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.sensitivity.uses import Accumulator
-
-T = TypeVar("T", bound=Mapping[str, Accumulator])
 
 
 class Ranks:
@@ -26,11 +22,10 @@ class Ranks:
         self.rank = dist.get_rank() if self._grouped else 0
         self.world = dist.get_world_size() if self._grouped else 1
 
-    def summed(self, ledger: T) -> T:
+    def sum(self, tensors: Iterable[Tensor]) -> None:
         """Sums every tensor over the ranks, in place; all ranks get the same bits."""
-        for accumulator in ledger.values():
-            self._reduce(accumulator.values, dist.ReduceOp.SUM)
-        return ledger
+        for tensor in tensors:
+            self._reduce(tensor, dist.ReduceOp.SUM)
 
     def total(self, count: int) -> int:
         """The sum of a count over the ranks."""
