@@ -1,6 +1,6 @@
 """The README's cost table and the efficiency plot, from the JSON that was measured: ``python benchmarks/render.py``.
 
-Writes ``table.md`` and ``efficiency.png`` beside the results.
+Writes ``table.md``, ``summary.md`` and ``efficiency.png`` beside the results.
 """
 
 import argparse
@@ -68,6 +68,27 @@ def _figure(column: str, cell: Cell | None) -> str:
     return f"{value}, ×{cell.ratio:.2f}{paper_ratio}" if cell.ratio is not None else value
 
 
+def summary(contents: list[dict[str, Any]]) -> str:
+    """Iteration time, optimizer step and peak memory over full fine-tuning's, as `finetune` runs the methods."""
+    shown = ("total", "step", "peak")
+    lines = [_row(["method", *(f"{content['model']}: {column}" for content in contents for column in shown)])]
+    lines.append(_row(["---"] * (1 + len(shown) * len(contents))))
+    for method in ORDER:
+        columns = []
+        for content in contents:
+            row = next((r for r in rows_of(content) if (r["method"], r["variant"]) == (method, "eager")), None)
+            found = {} if row is None or "missing" in row else cells(content, row)
+            columns += [_ratio(found.get(column)) for column in shown]
+        lines.append(_row([method, *columns]))
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(cell: Cell | None) -> str:
+    if cell is None or cell.ratio is None:
+        return "not measured"
+    return f"{cell.ratio:.2f}" if cell.paper is None else f"{cell.ratio:.2f} ({cell.paper:.2f})"
+
+
 def plot(contents: list[dict[str, Any]], path: Path) -> None:
     """Time and memory of an iteration, both over full fine-tuning; hollow: the paper's figures."""
     from matplotlib.figure import Figure
@@ -93,6 +114,7 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
             xlim=(0, None),
             ylim=(0, None),
         )
+        axis.plot([], [], "o", color="black", fillstyle="none", label="the paper's, on a GPU")
         axis.set_title(f"{content['model']}, {content['device_name']}", fontsize=9)
         axis.legend(fontsize=7)
     with atomic(path) as temporary:
@@ -108,8 +130,9 @@ def main() -> None:
     if not contents:
         parser.error(f"no measured table_*.json in {folder}; run pytest benchmarks/table.py --benchmark first")
     (folder / "table.md").write_text(markdown(contents))
+    (folder / "summary.md").write_text(summary(contents))
     plot(contents, folder / "efficiency.png")
-    print(f"{folder / 'table.md'}, {folder / 'efficiency.png'}: {len(contents)} tables")
+    print(f"{folder / 'table.md'}, {folder / 'summary.md'}, {folder / 'efficiency.png'}: {len(contents)} tables")
 
 
 if __name__ == "__main__":

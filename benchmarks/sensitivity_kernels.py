@@ -3,6 +3,7 @@
 The yardstick of the first is one GEMM of the same size, the summed weight gradient that a plain backward computes.
 """
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -101,7 +102,22 @@ def test_threshold(request: pytest.FixtureRequest) -> None:
             row["bytes_a_score"] = peak_bytes(runs[name]) / SCORES
             print(f"\n  {name:40s} {row['median']:6.3f} s ({row['min']:6.3f} … {row['max']:6.3f}) for {SCORES:.0e}, "
                   f"{row['bytes_a_score']:5.2f} bytes a score", end="")  # fmt: skip
+        rows["talos_fast.sensitivity.kth_smallest, ten times as many"] = a_billion(whole)
     finally:
         torch.set_num_threads(before)
     content = {"benchmark": "threshold", "scores": SCORES, "k": k, "threads": 1, "rows": rows}
     write_json(RESULTS / "threshold_cpu_1threads.json", content | machine())
+
+
+def a_billion(scores: Tensor) -> dict[str, float]:
+    """Ten tensors of scores at once, held against a count of what is below the value found."""
+    parts = {f"p{n}": scores * (1 + 0.1 * n) for n in range(10)}
+    total = sum(part.numel() for part in parts.values())
+    start = time.perf_counter()
+    value, below = kth_smallest(parts, total // 10)
+    seconds = time.perf_counter() - start
+    counts = [[int(test(part, value).sum()) for part in parts.values()] for test in (torch.lt, torch.le)]
+    assert below == sum(counts[0]) < total // 10 <= sum(counts[1])
+    held = peak_bytes(lambda: kth_smallest(parts, total // 10)) / total
+    print(f"\n  kth_smallest of {total:.0e}: {seconds:.3f} s, {held:.2f} bytes a score")
+    return {"scores": total, "median": seconds, "bytes_a_score": held}

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import KEY_DENSITY, QUERY_DENSITY
-from torch import Tensor, nn
+from shapes import DENSITY, KEY_DENSITY, QUERY_DENSITY, random_mask, talos_mask
+from torch import nn
 
 from talos_fast import Mask
 from talos_fast.forward import Batch
 from talos_fast.models import Classifier
 from talos_fast.models.heads import ChoiceHead, CosineHead
 from talos_fast.models.t5 import T5Choices
-from talos_fast.structure import parts
 
 CLASSES = 100
 CHOICES, CHOICE_TOKENS = 2, 4
-LOTA_DENSITY = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,12 @@ def build(name: str, size: int, device: torch.device) -> Workload:
         model, batch, inputs = spec.task(spec.encoder(), size)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(1)
-    talos, lota = talos_mask(shapes, generator), random_mask(shapes, generator)
+    talos, lota = Mask(talos_mask(shapes, generator)), Mask(random_mask(shapes, generator))
     about = {
         "model": name, "weights": "random", "inputs": inputs, "batch": size, "clip": spec.clip,
         "parameters": sum(p.numel() for p in model.parameters()), "selected": talos.selected,
         "mask": f"queries {QUERY_DENSITY}, keys {KEY_DENSITY} of each block, scattered; nothing else",
-        "lota_mask": f"{LOTA_DENSITY} of all entries, scattered",
+        "lota_mask": f"{DENSITY} of all entries, scattered",
     }  # fmt: skip
     return Workload(model.train(), batch, talos, lota, spec, about)
 
@@ -169,22 +167,3 @@ def bytes_free(device: torch.device) -> int | None:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-
-
-def talos_mask(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> Mask:
-    """Queries and keys at the densities of real masks, scattered within them; nothing else."""
-    density = {"query": QUERY_DENSITY, "key": KEY_DENSITY}
-    masks: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for part in parts(name, shape):
-            if part.kind in density:
-                rows = mask[part.rows]
-                rows.copy_(torch.rand(rows.shape, generator=generator) < density[part.kind])
-        masks[name] = mask
-    return Mask(masks)
-
-
-def random_mask(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> Mask:
-    """Every entry with the same probability, as where the largest changes of a first run are."""
-    return Mask({name: torch.rand(shape, generator=generator) < LOTA_DENSITY for name, shape in shapes.items()})
