@@ -13,7 +13,7 @@ from workloads import Workload
 from talos_fast.forward import Batch, Forward, default_forward, labels_of
 from talos_fast.linear import differentiable_forward
 from talos_fast.methods import Setup
-from talos_fast.methods.l_lora import LORA_ALPHA, RANK, _adapters, _changes
+from talos_fast.methods.l_lora import LORA_ALPHA, RANK, lora_adapters, lora_changes
 from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import Mark
 from talos_fast.step import Amp, Loss, autocasts
@@ -104,12 +104,12 @@ def through_torch(method: str, setup: Setup, workload: Workload) -> Setup:
         trained, origin = setup.trained, {name: p.detach().clone() for name, p in setup.trained.items()}
         forward = _by_jvp(model, lambda: {name: p - origin[name] for name, p in trained.items()})
         return replace(setup, forward=forward, around=nullcontext, fixed=())
-    adapters = _adapters(model.requires_grad_(True), RANK)
+    adapters = lora_adapters(model.requires_grad_(True), RANK)
     model.requires_grad_(False)
     factors = {f"{adapter.name}{adapter.rows}": adapter.b for adapter in adapters}
     forward = _by_jvp(
         model,
-        lambda: {n: change.dense() for n, change in _changes(adapters, parameters, LORA_ALPHA / RANK).items()},
+        lambda: {n: change.dense() for n, change in lora_changes(adapters, parameters, LORA_ALPHA / RANK).items()},
     )
     optimizer = AdamW(factors.values(), fused=True, **OPTIONS)
     return replace(setup, trained=factors, optimizer=optimizer, forward=forward, around=nullcontext)

@@ -1,7 +1,7 @@
 """`Edit`: a model held at base + Σ coefficient * delta, able to move along and to go back, bit for bit."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,7 @@ class Edit:
         """
         if len(coefficients) != self._count:
             raise TalosError(f"{len(coefficients)} coefficients for {self._count} directions; give one each")
-        if not all(map(math.isfinite, coefficients)):
-            raise TalosError(f"coefficients {coefficients}: every one must be a finite number; nothing was moved")
+        require_finite(coefficients)
         for touched in self._touched:
             edited = touched.original.to(torch.float64, copy=True)
             for number, delta in touched.directions:
@@ -80,3 +79,13 @@ def _check(name: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) -> None
         raise TalosError(f"the task vector moves {name!r}, which the model lacks; its tensors are like {example!r}")
     if tuple(tensors[name].shape) != delta.shape:
         raise TalosError(f"{name!r}: the vector has shape {delta.shape}, the model {tuple(tensors[name].shape)}")
+
+
+def require_finite(coefficients: Sequence[float]) -> None:
+    """Refuses coefficients that would destroy what they move.
+
+    Raises:
+        TalosError: one is NaN or infinite.
+    """
+    if not all(map(math.isfinite, coefficients)):
+        raise TalosError(f"coefficients {coefficients}: every one must be a finite number; nothing was moved")

@@ -148,9 +148,10 @@ def _recipe(
     """Checks the arguments and counts the steps."""
     if epochs is not None and steps is not None:
         raise TalosError(f"epochs={epochs} and steps={steps}: give one of them")
-    for name, value in (("epochs", epochs), ("steps", steps), ("accumulate", accumulate)):
-        if value is not None and value < 1:
-            raise TalosError(f"{name}={value}: must be at least 1")
+    for name, value, least in (("epochs", epochs, 1), ("steps", steps, 1), ("accumulate", accumulate, 1),
+                               ("warmup", warmup, 0)):  # fmt: skip
+        if value is not None and value < least:
+            raise TalosError(f"{name}={value}: must be at least {least}")
     if not lr > 0:
         raise TalosError(f"lr={lr}: must be positive")
     if schedule not in ("cosine", "constant"):

@@ -10,7 +10,7 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from talos_fast.edit import Edit
+from talos_fast.edit import Edit, require_finite
 from talos_fast.errors import TalosError
 from talos_fast.tangents import Direction, Tangents
 from talos_fast.task_vector import TaskVector
@@ -53,6 +53,7 @@ class Linearized(nn.Module):
 
     def move(self, alpha: float) -> None:
         """Sets α, as `Edit.move` does."""
+        require_finite((alpha,))
         self.alpha = alpha
 
     def revert(self) -> None:

@@ -4,13 +4,13 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 from talos_fast import finetune
-from talos_fast.methods.l_lora import _adapters, _changes
+from talos_fast.methods.l_lora import lora_adapters, lora_changes
 
 
 def test_queries_and_values_of_gpt2_get_low_rank_changes_and_keys_none():
     """What the changed projection gives, beside what it gave and scale · x Aᵀ Bᵀ added by hand."""
     model = GPT2Model(GPT2Config(vocab_size=8, n_positions=8, n_embd=12, n_layer=2, n_head=2)).double()
-    adapters = _adapters(model, rank=3)
+    adapters = lora_adapters(model, rank=3)
     names = [f"h.{layer}.attn.c_attn.weight" for layer in range(2)]
     assert [(adapter.name, adapter.rows) for adapter in adapters] == [
         (name, rows) for name in names for rows in (slice(0, 12), slice(24, 36))
@@ -19,7 +19,7 @@ def test_queries_and_values_of_gpt2_get_low_rank_changes_and_keys_none():
         torch.nn.init.normal_(adapter.b)
     parameters, scale, x = dict(model.named_parameters()), 0.5, torch.randn(2, 5, 12).double()
     before = [model.h[layer].attn.c_attn(x) for layer in range(2)]
-    changes = _changes(adapters, parameters, scale)
+    changes = lora_changes(adapters, parameters, scale)
     assert set(changes) == set(names)
     with torch.no_grad():
         for name, change in changes.items():

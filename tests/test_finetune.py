@@ -209,6 +209,7 @@ def test_accumulation_is_a_larger_batch(net):
     ({"method": "talos"}, "needs mask="),
     ({"epochs": 1, "steps": 1}, "give one of them"),
     ({"steps": 0}, "steps=0"),
+    ({"warmup": -1}, "warmup=-1: must be at least 0"),
     ({"lr": 0.0}, "lr=0.0"),
     ({"clip": 0.0}, "clip=0.0"),
     ({"schedule": "linear"}, "schedule='linear'"),

@@ -17,7 +17,7 @@ from talos_fast.evaluate import evaluate_along
 from talos_fast.forward import default_forward
 from talos_fast.linear import Linearized
 from talos_fast.methods import METHODS
-from talos_fast.methods.l_lora import _adapters, _changes
+from talos_fast.methods.l_lora import lora_adapters, lora_changes
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LINEAR = ("linearized", "l-lora")
@@ -64,6 +64,8 @@ def test_linearized_is_the_jacobian_product(kind, tmp_path):
     torch.testing.assert_close(found, expected, **({"rtol": 1e-6, "atol": 1e-5} if kind == "t5" else EXACT))
     assert (expected - value).abs().max() > 1e-3
     assert same(before, bits(model))
+    with pytest.raises(TalosError, match=r"coefficients \(nan,\): every one must be a finite number"):
+        line.move(float("nan"))
 
 
 def inputs(batch) -> dict[str, torch.Tensor]:
@@ -138,7 +140,7 @@ def test_addition_of_linear_vectors_is_exact(method, tmp_path):
 def test_l_lora_is_the_expansion_of_peft_s_lora(tmp_path):
     """The same A0, any B: our direction against torch.func.jvp over A and B of a model that peft adapted."""
     model, batches = case("bert", tmp_path, torch.float64)
-    adapters = _adapters(model, rank=4)
+    adapters = lora_adapters(model, rank=4)
     config = peft.LoraConfig(r=4, lora_alpha=32, target_modules=["query", "value"], lora_dropout=0.0)
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
     start = dict(adapted.named_parameters())
@@ -160,7 +162,7 @@ def test_l_lora_is_the_expansion_of_peft_s_lora(tmp_path):
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH), torch.no_grad():
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
         parameters = dict(model.named_parameters())
-        ours = Linearized(model, lambda: _changes(adapters, parameters, 32 / 4))(**arguments)
+        ours = Linearized(model, lambda: lora_changes(adapters, parameters, 32 / 4))(**arguments)
     torch.testing.assert_close(ours, value + slope, rtol=1e-9, atol=1e-9)
     assert slope.abs().max() > 1e-3
 
@@ -178,7 +180,7 @@ def test_l_lora_moves_queries_and_values_by_its_factors(tmp_path):
             assert 1 <= torch.linalg.matrix_rank(part, rtol=1e-4) <= 4
         torch.testing.assert_close(dict(model.named_parameters())[name], base[name] + change)
     assert vector.info["factor_bytes"] == 4 * 2 * 2 * 32 * 4
-    first, second = _adapters(tiny_clip().encoder, 4), _adapters(tiny_clip().encoder, 4)
+    first, second = lora_adapters(tiny_clip().encoder, 4), lora_adapters(tiny_clip().encoder, 4)
     assert all(torch.equal(a.a, b.a) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0].a, first[1].a)
 

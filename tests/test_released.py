@@ -13,7 +13,7 @@ from torch.nn import functional
 from talos_fast import TalosError, calibrate, finetune, merge, models
 from talos_fast.forward import default_forward, labels_of
 from talos_fast.methods import get_method
-from talos_fast.methods.l_lora import _adapters
+from talos_fast.methods.l_lora import lora_adapters
 from talos_fast.methods.released import ScoredAdamW
 from talos_fast.sensitivity.selection import maskable_parameters
 
@@ -108,7 +108,7 @@ def test_lota_is_soft_on_vision_and_hard_on_language(kind, tmp_path):
 
 def test_l_lora_on_language_is_peft_s_lora_with_a_fixed_a_and_training_base_weights(tmp_path):
     model, batches = case("t5", tmp_path)
-    adapters = _adapters(model, 4)
+    adapters = lora_adapters(model, 4)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"], lora_dropout=0.0)
     reference = peft.get_peft_model(copy.deepcopy(model), config)
     parameters, trained = dict(reference.named_parameters()), []
@@ -128,8 +128,8 @@ def test_l_lora_on_vision_trains_all_of_attention_and_multiplies_by_alpha(tmp_pa
     """q = W_q x + b_q + 32 B A0 x, and v; A0 is Xavier-uniform / 4; projections, out-projections and biases train."""
     model, batches = case("timm", tmp_path)
     base, reference = copy.deepcopy(model), copy.deepcopy(model)
-    adapters = {adapter.name: [] for adapter in _adapters(reference, 16)}
-    for adapter in _adapters(reference, 16):
+    adapters = {adapter.name: [] for adapter in lora_adapters(reference, 16)}
+    for adapter in lora_adapters(reference, 16):
         xavier = math.sqrt(6 / (16 + 32)) / 4
         b = torch.zeros(32, 16, dtype=torch.float64, requires_grad=True)
         adapters[adapter.name].append((adapter.a * math.sqrt(32) * xavier, b))

@@ -11,7 +11,7 @@ from talos_fast import calibrate, finetune, tasks
 from talos_fast.calibrate import restored
 from talos_fast.evaluate import evaluate_along
 from talos_fast.methods import METHODS
-from talos_fast.methods.l_lora import _adapters
+from talos_fast.methods.l_lora import lora_adapters
 from talos_fast.models.t5 import T5Backbone
 from talos_fast.sensitivity.selection import maskable_parameters
 from talos_fast.tasks import Split, Task
@@ -90,7 +90,7 @@ def test_t5_large_is_covered_by_name():
         )
     total = sum(p.numel() for p in model.parameters())
     assert 737e6 < total < 738e6
-    adapters = _adapters(model, 16)
+    adapters = lora_adapters(model, 16)
     assert len(adapters) == (24 + 2 * 24) * 2  # encoder, decoder and cross attention; q and v
     assert sum(adapter.b.numel() for adapter in adapters) == 144 * 1024 * 16
     maskable = maskable_parameters(model)

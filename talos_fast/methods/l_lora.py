@@ -65,17 +65,17 @@ def l_lora(request: Request) -> Setup:
     alpha = LORA_ALPHA if request.options.lora_alpha is None else request.options.lora_alpha
     if rank < 1 or not alpha > 0:
         raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive")
-    adapters = _adapters(request.model, rank)
+    adapters = lora_adapters(request.model, rank)
     scale, parameters = alpha / rank, dict(request.model.named_parameters())
     request.model.requires_grad_(False)
-    expansion = Linearized(request.model, lambda: _changes(adapters, parameters, scale))
+    expansion = Linearized(request.model, lambda: lora_changes(adapters, parameters, scale))
 
     def forward(model: nn.Module, batch: Batch) -> Tensor:
         return request.forward(expansion, batch)
 
     def export() -> Deltas:
         with torch.no_grad():
-            changes = _changes(adapters, parameters, scale)
+            changes = lora_changes(adapters, parameters, scale)
             deltas = _deltas({name: change.dense() for name, change in changes.items()})
             Edit(request.model, deltas).move(1.0)
         return deltas
@@ -87,7 +87,12 @@ def l_lora(request: Request) -> Setup:
     return Setup(trained, optimizer, forward, export, around=expansion.around, info=info)
 
 
-def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
+def lora_adapters(model: nn.Module, rank: int) -> list[Adapter]:
+    """Adapters of all queries and values that require a gradient, A0 drawn and B zero.
+
+    Raises:
+        TalosError: there is none.
+    """
     found = []
     for name, p in model.named_parameters():
         for part in parts(name, tuple(p.shape)):
@@ -107,7 +112,7 @@ def _adapters(model: nn.Module, rank: int) -> list[Adapter]:
     return found
 
 
-def _changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: float) -> dict[str, LowRank]:
+def lora_changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scale: float) -> dict[str, LowRank]:
     """scale · B A0 of every adapted weight."""
     terms: dict[str, list[tuple[slice, Tensor, Tensor]]] = {}
     for adapter in adapters:

@@ -18,7 +18,7 @@ from talos_fast.errors import TalosError
 from talos_fast.forward import Batch
 from talos_fast.mask import Mask
 from talos_fast.methods.base import Deltas, Request, Setup, differences, snapshot
-from talos_fast.methods.l_lora import ADAPTED, LORA_ALPHA, RANK, _adapters, _changes
+from talos_fast.methods.l_lora import ADAPTED, LORA_ALPHA, RANK, lora_adapters, lora_changes
 from talos_fast.methods.lota import lota_mask
 from talos_fast.methods.masked import masked
 from talos_fast.methods.talos import talos_mask
@@ -118,7 +118,7 @@ def l_lora(request: Request) -> Setup:
     alpha = LORA_ALPHA if request.options.lora_alpha is None else request.options.lora_alpha
     if rank < 1 or not alpha > 0:
         raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive")
-    vision, adapters = is_vision(request.model), _adapters(request.model, rank)
+    vision, adapters = is_vision(request.model), lora_adapters(request.model, rank)
     if vision:
         adapters = [replace(a, a=a.a * math.sqrt(a.a.shape[1] * 6 / (rank + a.a.shape[1])) / 4) for a in adapters]
     scale = alpha if vision else alpha / rank
@@ -129,7 +129,7 @@ def l_lora(request: Request) -> Setup:
     origin = snapshot(base)
 
     def moved() -> dict[str, Tensor]:
-        changes = _changes(adapters, parameters, scale)
+        changes = lora_changes(adapters, parameters, scale)
         return {name: parameters[name] + change.dense() for name, change in changes.items()}
 
     adapted = _Adapted(request.model, moved)
