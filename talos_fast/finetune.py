@@ -70,9 +70,9 @@ def finetune(
         forward: ``forward(model, batch) -> logits (N, K)``; default: call the model.
         loss: ``loss(logits, labels) -> scalar``; default: cross-entropy.
         epochs, steps: how long; one of them. Default: one epoch. ``steps`` counts optimizer steps.
-        lr: peak learning rate. Masks leave little to move: "talos" takes 10 to 100 times the one of "nonlinear". Of a
-            vector that is to be added to others take a third of the rate that is best for the task alone: it has
-            learned 1 to 3 points less and interferes less (benchmarks/results/accuracy/ablation_*.md).
+        lr: peak learning rate. Masks leave little to move: "talos" took 3 to 100 times the one of "nonlinear". At a
+            third of the rate that is best for a task alone vectors interfere less and have learned 1 to 3 points less
+            (benchmarks/results/accuracy/ablation_*.md, validation data); their sum gained on one model of three.
         weight_decay: towards zero, of the entries that train.
         warmup: steps; default 500, or a tenth of a run of less than 5,000.
         schedule: "cosine" or "constant".
