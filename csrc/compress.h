@@ -43,6 +43,17 @@ TALOS_SHARED int64_t decode_bits(const uint8_t* bits, int64_t span, uint16_t* of
   return offsets - start;
 }
 
+// How many of the `span` bits, a multiple of 64, are set.
+TALOS_SHARED int64_t count_bits(const uint8_t* bits, int64_t span) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < span; i += 64) {
+    uint64_t word;
+    std::memcpy(&word, bits + i / 8, sizeof(word));
+    count += __builtin_popcountll(word);
+  }
+  return count;
+}
+
 #if defined(__x86_64__)
 // The selected of `span` elements, one after another; returns how many.
 template <typename T>
@@ -124,6 +135,23 @@ TALOS_AVX512 inline void expand(Avx512, const T* from, const uint8_t* bits, int6
     std::memcpy(&k, bits + i / 8, sizeof(k));
     L::store(to + i, k, L::expand(k, L::load(from, -1)));
     from += __builtin_popcount(k);
+  }
+}
+
+// to = decay to + step, with a step for every bit that is set.
+template <typename T>
+TALOS_AVX512 inline void expand_steps(const T* steps, const uint8_t* bits, int64_t span, T decay, T* to) {
+  using L = Lanes<sizeof(T)>;
+  using Vector = typename VectorOf<T, 64>::type;
+  constexpr int64_t kWidth = 8 * sizeof(typename L::Mask);
+  for (int64_t i = 0; i < span; i += kWidth) {
+    typename L::Mask k;
+    std::memcpy(&k, bits + i / 8, sizeof(k));
+    Vector p = reinterpret_cast<Vector>(L::load(to + i, k)) * decay;
+    settle(p);
+    p += reinterpret_cast<Vector>(L::expand(k, L::load(steps, -1)));
+    L::store(to + i, k, reinterpret_cast<__m512i>(p));
+    steps += __builtin_popcount(k);
   }
 }
 #endif

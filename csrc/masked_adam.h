@@ -34,21 +34,20 @@ struct AdamTensor {
   int64_t numel;  // of the parameter
 };
 
-// A part: entries that lie side by side in every array. Either g or wide_g is null.
+// A part: entries that lie side by side in every array. Either g or wide_g is null, and either p or steps.
 template <typename T, typename A>
 struct Entries {
   T* p;
   const T* g;
   const A* wide_g;
-  A *m, *v, *top, *master;
+  A *m, *v, *top, *master, *steps;
 };
 
-// p = decay p;  m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g²;  p -= step_size m / (√v/correction + eps),
+// m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g²;  step = -step_size m / (√v/correction + eps),
 // for a vector of entries or, if not WHOLE, the first n. Rounded as torch's for-loop rounds.
-template <typename Isa, bool WHOLE, typename T, typename A>
-TALOS_SHARED void update_vector(const Entries<T, A>& at, int64_t i, int64_t n, const AdamScalars<A>& s) {
-  typename VectorOf<A, Isa::kBytes>::type p, g, m, v;
-  load<Isa, WHOLE>(at.p + i, n, p);
+template <typename Isa, bool WHOLE, typename T, typename A, typename Vector>
+TALOS_SHARED void update_moments(const Entries<T, A>& at, int64_t i, int64_t n, const AdamScalars<A>& s, Vector& step) {
+  Vector g, m, v;
   if (at.g != nullptr) {
     load<Isa, WHOLE>(at.g + i, n, g);
   } else {
@@ -56,18 +55,8 @@ TALOS_SHARED void update_vector(const Entries<T, A>& at, int64_t i, int64_t n, c
   }
   load<Isa, WHOLE>(at.m + i, n, m);
   load<Isa, WHOLE>(at.v + i, n, v);
-  if (at.master != nullptr) {
-    // Weights that were loaded or edited since the last step win over the copy that remembers them.
-    auto master = p, rounded = p;
-    load<Isa, WHOLE>(at.master + i, n, master);
-    rounded = master;
-    round_to<Isa, T>(rounded);
-    p = rounded == p ? master : p;
-  }
   if (s.grad_scale != A(1)) g /= s.grad_scale;
   if (s.maximize) g = -g;
-  p *= s.decay;
-  settle(p);
   // As torch.lerp: from whichever end is nearer.
   if (s.one_minus_beta1 < A(0.5)) {
     m += s.one_minus_beta1 * (g - m);
@@ -86,9 +75,39 @@ TALOS_SHARED void update_vector(const Entries<T, A>& at, int64_t i, int64_t n, c
     store<Isa, WHOLE>(v, n, at.top + i);
   }
   Isa::root(v);
-  p += (-s.step_size * m) / (v / s.correction + s.eps);
+  step = (-s.step_size * m) / (v / s.correction + s.eps);
+}
+
+// p = decay p + step
+template <typename Isa, bool WHOLE, typename T, typename A, typename Vector>
+TALOS_SHARED void move(const Entries<T, A>& at, int64_t i, int64_t n, A decay, const Vector& step) {
+  Vector p;
+  load<Isa, WHOLE>(at.p + i, n, p);
+  if (at.master != nullptr) {
+    // Weights that were loaded or edited since the last step win over the copy that remembers them.
+    auto master = p, rounded = p;
+    load<Isa, WHOLE>(at.master + i, n, master);
+    rounded = master;
+    round_to<Isa, T>(rounded);
+    p = rounded == p ? master : p;
+  }
+  p *= decay;
+  settle(p);
+  p += step;
   if (at.master != nullptr) store<Isa, WHOLE>(p, n, at.master + i);
   store<Isa, WHOLE>(p, n, at.p + i);
+}
+
+// The entries, or where they have no p, the steps that theirs are to take.
+template <typename Isa, bool WHOLE, typename T, typename A>
+TALOS_SHARED void update_vector(const Entries<T, A>& at, int64_t i, int64_t n, const AdamScalars<A>& s) {
+  typename VectorOf<A, Isa::kBytes>::type step;
+  update_moments<Isa, WHOLE>(at, i, n, s, step);
+  if (at.steps != nullptr) {
+    store<Isa, WHOLE>(step, n, at.steps + i);
+  } else {
+    move<Isa, WHOLE>(at, i, n, s.decay, step);
+  }
 }
 
 template <typename Isa, typename T, typename A>
@@ -102,7 +121,7 @@ TALOS_SHARED void update_entries(const Entries<T, A>& at, int64_t count, const A
 // The arrays of compact entries from `first` on, beside the part's p and g.
 template <typename T, typename A>
 TALOS_SHARED Entries<T, A> entries(const AdamTensor<T, A>& tensor, int64_t first, T* p, const T* g) {
-  Entries<T, A> at{p, g, nullptr, tensor.exp_avg + first, tensor.exp_avg_sq + first, nullptr, nullptr};
+  Entries<T, A> at{p, g, nullptr, tensor.exp_avg + first, tensor.exp_avg_sq + first, nullptr, nullptr, nullptr};
   if (tensor.max_exp_avg_sq != nullptr) at.top = tensor.max_exp_avg_sq + first;
   if (tensor.master != nullptr) at.master = tensor.master + first;
   if (tensor.entry_grad != nullptr) at.g = tensor.entry_grad + first;
@@ -172,10 +191,36 @@ TALOS_SHARED void update_tile(const AdamTensor<T, A>& tensor, const Row& row, co
   }
 }
 
+#if defined(__x86_64__)
+// The same where the arithmetic is in the parameter's own type: it takes its steps where it lies, and is not packed.
+template <typename T>
+TALOS_AVX512 inline void update_tile_in_place(const AdamTensor<T, T>& tensor, const Row& row, const AdamScalars<T>& s) {
+  T g[kPart + kSlack], steps[kPart + kSlack];
+  const bool dense = tensor.grad != nullptr;
+  int64_t first = row.first;
+  for (int64_t begin = 0; begin < kBlock; begin += kPart) {
+    const uint8_t* const bits = static_cast<const uint8_t*>(tensor.index) + row.at + begin / 8;
+    const int64_t element = row.base + begin;
+    const int64_t count = dense ? compress(Avx512{}, tensor.grad + element, bits, kPart, g) : count_bits(bits, kPart);
+    if (count > row.first + row.count - first) return;  // more bits than entries: there are no moments for them
+    auto at = entries<T, T>(tensor, first, nullptr, dense ? g : nullptr);
+    at.steps = steps;
+    update_entries<Avx512>(at, count, s);
+    expand_steps(steps, bits, kPart, s.decay, tensor.param + element);
+    first += count;
+  }
+}
+#endif
+
 template <typename Isa, typename T, typename A>
 TALOS_SHARED void update_bits(const AdamTensor<T, A>& tensor, const Row& row, const AdamScalars<A>& s) {
   // AVX-512 reads what is selected and nothing else, AVX2 whole tiles.
-  if constexpr (Isa::kBytes == 64) return update_tile<Isa>(tensor, row, s);
+  if constexpr (Isa::kBytes == 64) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (tensor.master == nullptr) return update_tile_in_place(tensor, row, s);
+    }
+    return update_tile<Isa>(tensor, row, s);
+  }
   if constexpr (Isa::kBytes == 32 && sizeof(T) != 8) {
     if (row.base + kBlock <= tensor.numel) return update_tile<Isa>(tensor, row, s);
   }

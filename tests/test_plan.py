@@ -210,6 +210,21 @@ def test_the_operator_refuses_stray_offsets():
 
 
 @pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_bits_without_entries_move_nothing_beyond_the_moments(dtype):
+    whole = problem(random_mask(3000, 0.4), dtype)
+    work = whole[6].clone()
+    work[-1, 3] -= 3  # the last row's bits now name three entries more than it has
+    arguments = [*whole[:6], work, whole[7]]
+    moments = [t.clone() for t in (whole[2], whole[3])]
+    run(OPERATOR, arguments)
+    for moment, before in zip(arguments[2:4], moments, strict=True):
+        assert torch.equal(moment[-3:], before[-3:])
+        assert not torch.equal(moment[:100], before[:100])
+    assert arguments[0].isfinite().all()
+
+
+@pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
 def test_the_operator_refuses_lists_that_do_not_fit():
     one, other = (problem(random_mask(3000, 0.4), dtype, amsgrad=False) for dtype in (torch.float32, torch.float64))
     with pytest.raises(RuntimeError, match="params must have one dtype"):

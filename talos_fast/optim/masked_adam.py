@@ -193,7 +193,8 @@ class MaskedAdam(MaskedGradients):
                 self.state[p] = start(p, self._selections.get(p), group)
 
     def _is_empty(self, p: Tensor) -> bool:
-        return p in self._selections and self._selections[p].count == 0
+        selection = self._selections.get(p)
+        return selection is not None and selection.count == 0
 
     def _scale(self) -> Tensor | None:
         """What gradients are divided by: GradScaler's scale (it is set with ``fused=True``) times that of clipping."""

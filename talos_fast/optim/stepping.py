@@ -37,8 +37,9 @@ def step_others(
     pairs = list(zip(members, gradients, strict=True))
     compiled: dict[Any, list[tuple[Member, Tensor]]] = defaultdict(list)
     others = []
+    compiles = ops.backend("cpu") == "cpp" and not (group["fused"] is False or group["foreach"] or group["capturable"])
     for member, gradient in pairs:
-        if _compiles(member, gradient, group):
+        if compiles and _fits(member, gradient):
             compiled[member.state["step"].item(), member.parameter.dtype].append((member, gradient))
         else:
             others.append((member, gradient))
@@ -50,15 +51,14 @@ def step_others(
         step_reference([m for m, _ in others], [gradient for _, gradient in others], group, scale, found_inf)
 
 
-def _compiles(member: Member, gradient: Tensor, group: Group) -> bool:
-    """Whether the compiled operator steps the member."""
+def _fits(member: Member, gradient: Tensor) -> bool:
+    """Whether the compiled operator can step the member."""
     p, selection, _ = member
     return (
         selection is not None
-        and not (group["fused"] is False or group["foreach"] or group["capturable"])
+        and p.device.type == "cpu"
         and p.dtype in _COMPILED_DTYPES
         and (gradient.dtype == p.dtype or (gradient.shape != p.shape and gradient.dtype == state_dtype(p)))
-        and ops.backend(p.device) == "cpp"
         and (p.is_contiguous() or p.permute(selection.order).is_contiguous())
     )
 
