@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from show import ORDER, SHOWN, VARIANTS, Cell, cells, heading, measured, rows_of
+from show import COUNTED, ORDER, SHOWN, VARIANTS, Cell, cells, counted, heading, measured, rows_of
 
 from talos_fast.storage import atomic
 
 RESULTS = Path(__file__).parent / "results"
+COUNTS = """\
+The last three columns are counted, not measured: GFLOP of the matrix products of an iteration (with the gradients of
+selected rows only, where that is less), bytes kept for the backward pass, bytes that the optimizer's step moves."""
 MODELS = ("ViT-B-32", "ViT-L-14", "T5-Large")
 
 
@@ -27,6 +30,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def markdown(contents: list[dict[str, Any]]) -> str:
     """One table a model, machine and variant; what nobody has measured is named."""
     lines = [line for content in contents for line in _table(content)]
+    lines += [COUNTS, ""]
     missing = [model for model in MODELS if model not in {content["model"] for content in contents}]
     if missing:
         lines += [f"Not measured: {', '.join(missing)}.", ""]
@@ -35,7 +39,7 @@ def markdown(contents: list[dict[str, Any]]) -> str:
 
 def _table(content: dict[str, Any]) -> Iterator[str]:
     peak = "peak" if content["device"] == "cuda" else "peak above the model"
-    names = ("method", *SHOWN[:-1], peak)
+    names = ("method", *SHOWN[:-1], peak, *COUNTED)
     for variant in VARIANTS:
         rows = {row["method"]: row for row in rows_of(content) if row["variant"] == variant}
         if rows:
@@ -45,7 +49,7 @@ def _table(content: dict[str, Any]) -> Iterator[str]:
             yield _row(["---"] * len(names))
             for method in dict.fromkeys((*ORDER, *rows)):
                 row = rows.get(method)
-                yield _row([method, *(["not measured"] * len(SHOWN) if row is None else _figures(content, row))])
+                yield _row([method, *(["not measured"] * (len(names) - 1) if row is None else _figures(content, row))])
             yield ""
 
 
@@ -55,9 +59,9 @@ def _row(columns: Any) -> str:
 
 def _figures(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
     if "missing" in row:
-        return [f"not measured: {row['missing']}", *[""] * (len(SHOWN) - 1)]
+        return [f"not measured: {row['missing']}", *[""] * (len(SHOWN) + len(COUNTED) - 1)]
     found = cells(content, row)
-    return [_figure(column, found.get(column)) for column in SHOWN]
+    return [*(_figure(column, found.get(column)) for column in SHOWN), *counted(content, row)]
 
 
 def _figure(column: str, cell: Cell | None) -> str:

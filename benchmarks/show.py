@@ -1,14 +1,16 @@
 """A cost table as text: each figure, its ratio to full fine-tuning in the same variant, and the paper's ratio."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import paper
 
 from talos_fast.profiling.measure import COLUMNS, Timings
+from talos_fast.profiling.work import Work
 
 SHOWN = ("fwd-bwd", "step", "clip+step", "total", "peak")
+COUNTED = ("GFLOP (floor)", "kept", "step moves")
 VARIANTS = ("paper", "eager", "compiled")
 ORDER = ("nonlinear", "linearized", "l-lora", "lota", "talos")
 
@@ -71,6 +73,26 @@ def peak_bytes(content: dict[str, Any], row: dict[str, Any]) -> int | None:
     return above + (content["model_bytes"] if content["device"] == "cuda" else 0)
 
 
+def counted(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """What one iteration must do, counted: the columns `COUNTED`, empty where nothing was.
+
+    GFLOP of matrix products, and the least that gives the same step where that is less; bytes kept for the backward
+    pass; bytes that the optimizer's step moves. What is compiled computes what is eager.
+    """
+    rows = [row, *(r for r in content["rows"] if (r["method"], r["variant"]) == (row["method"], "eager"))]
+    fields = next((r["work"] for r in rows if "work" in r), None)
+    found = ["", ""]
+    if fields is not None:
+        work = Work(**fields)
+        floor = f" ({_giga(work.floor)})" if work.floor < work.done else ""
+        found = [_giga(work.done) + floor, size(work.saved_bytes)]
+    return [*found, size(row["step_bytes"]) if "step_bytes" in row else ""]
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:,.0f}" if flops >= 1e11 else f"{flops / 1e9:.3g}"
+
+
 def text(content: dict[str, Any]) -> str:
     """The table for a terminal."""
     return "\n".join(_lines(content))
@@ -78,16 +100,21 @@ def text(content: dict[str, Any]) -> str:
 
 def _lines(content: dict[str, Any]) -> Iterator[str]:
     yield heading(content)
-    yield "each figure: median, × full fine-tuning in the same variant (the paper's ratio)"
+    yield "each figure: median, × full fine-tuning in the same variant (the paper's ratio); at the end what is counted"
     peak = "peak" if content["device"] == "cuda" else "peak over model"
-    yield f"{'':22s}" + "".join(f"{name:>25s}" for name in (*SHOWN[:-1], peak))
+    yield f"{'':22s}" + "".join(f"{name:>25s}" for name in (*SHOWN[:-1], peak)) + _wide(COUNTED)
     for row in rows_of(content):
         name = f"{row['method']}, {row['variant']}"
         if "missing" in row:
             yield f"{name:22s}  not measured: {row['missing']}"
             continue
         found = cells(content, row)
-        yield f"{name:22s}" + "".join(f"{figure(column, found.get(column)):>25s}" for column in SHOWN)
+        figures = "".join(f"{figure(column, found.get(column)):>25s}" for column in SHOWN)
+        yield f"{name:22s}{figures}{_wide(counted(content, row))}"
+
+
+def _wide(columns: Iterable[str]) -> str:
+    return "".join(f"{column:>15s}" for column in columns)
 
 
 def heading(content: dict[str, Any]) -> str:
@@ -106,7 +133,12 @@ def measured(column: str, cell: Cell) -> str:
     """The figure with its unit."""
     if column != "peak":
         return f"{1e3 * cell.value:.1f} ms"
-    return f"{cell.value / 2**30:.2f} GiB" if cell.value >= 2**30 else f"{cell.value / 2**20:.1f} MiB"
+    return size(cell.value)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def figure(column: str, cell: Cell | None) -> str:

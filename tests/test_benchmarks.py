@@ -13,10 +13,12 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import show
 from records import merge_rows
 from rivals import DenseMaskedAdamW
 
 from talos_fast.methods import METHODS
+from talos_fast.profiling.work import Work
 
 
 def program(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -54,6 +56,7 @@ def test_every_row_has_its_figures(measured, model, methods, variants):
         assert all(len(times) == 2 and min(times) >= 0 for times in row["seconds"].values())
         assert f"{method}, {variant}" in printed
         assert row["peak_bytes"] is None or row["peak_bytes"] > 0
+        assert row["work"]["forward"] > 0 and min(row["work"].values()) >= 0, row
     full, sparse = rows["nonlinear", "eager"], rows["talos", "eager"]
     assert full["trained"] == content["parameters"] and sparse["trained"] == content["selected"]
     assert sparse["step_bytes"] < full["step_bytes"]
@@ -70,6 +73,13 @@ def test_rendering(measured):
     assert done.returncode == 0, done.stderr
     table = (folder / "table.md").read_text()
     assert "| talos |" in table and "×1.00" in table
+    content = json.loads((folder / "table_smoke_cpu.json").read_text())
+    row = next(r for r in content["rows"] if (r["method"], r["variant"]) == ("talos", "eager"))
+    compiled = {key: value for key, value in row.items() if key != "work"} | {"variant": "compiled"}
+    assert show.counted(content, row) == show.counted(content, compiled)
+    work = Work(**row["work"])
+    flops, kept, moved = f"{work.done / 1e9:.3g} ({work.floor / 1e9:.3g})", work.saved_bytes, row["step_bytes"]
+    assert f"| {flops} | {kept / 2**20:.1f} MiB | {moved / 2**20:.1f} MiB |" in table
     assert (folder / "efficiency.png").read_bytes().startswith(b"\x89PNG")
 
 
