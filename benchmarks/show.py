@@ -79,7 +79,8 @@ def counted(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
     GFLOP of matrix products, and the least that gives the same step where that is less; bytes kept for the backward
     pass; bytes that the optimizer's step moves. What is compiled computes what is eager.
     """
-    rows = [row, *(r for r in content["rows"] if (r["method"], r["variant"]) == (row["method"], "eager"))]
+    variant = "eager" if row["variant"] == "compiled" else row["variant"]
+    rows = (r for r in content["rows"] if (r["method"], r["variant"]) == (row["method"], variant))
     fields = next((r["work"] for r in rows if "work" in r), None)
     found = ["", ""]
     if fields is not None:

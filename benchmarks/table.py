@@ -160,7 +160,9 @@ class Table:
             return counted
         iteration.prepare()
         named = dict(workload.model.named_parameters())
-        named |= {f"{method}.{name}": p for name, p in trained.items() if p not in set(named.values())}
+        known = set(named.values())
+        held = (*trained.values(), *iteration.setup.fixed)  # directions, factors and the start are no activations
+        named |= {f"{method} {number}": t for number, t in enumerate(held) if t not in known}
         work = count_work(iteration.forward_loss, named, masks)
         if iteration.setup.info.get("linearized"):  # products of directions are not told from those of activations
             backward = work.done - work.forward
