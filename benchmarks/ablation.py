@@ -9,6 +9,7 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from accuracy_settings import SETTINGS
@@ -39,7 +40,9 @@ def variants(lr: float, steps: int) -> dict[str, dict]:
         "density 0.3": {"density": 0.3},
         "1 round": {"calibration": {"rounds": 1}},
         "damage 0 (hard)": {"calibration": {"damage": 0.0}},
+        "damage 0, learning rate / 3": {"calibration": {"damage": 0.0}, "learning_rates": {"talos": (lr / 3,)}},
         "damage 1 (none)": {"calibration": {"damage": 1.0}},
+        "density 0.3, learning rate / 3": {"density": 0.3, "learning_rates": {"talos": (lr / 3,)}},
         "jacobian": {"calibration": {"estimator": "jacobian"}},
         "empirical Fisher": {"calibration": {"estimator": "empirical"}},
         "64 samples": {"samples": 64},
@@ -65,7 +68,7 @@ def measure(name: str, variant: str, change: dict, default: Plan, out: Path, tas
     plan = replace(default, **{key: value for key, value in change.items() if key != "only"})
     backbone, chosen = setting.load(), setting.tasks()[:tasks]
     folder = out / f"ablation-{name}"
-    cells = Cells(folder / "".join(c if c.isalnum() else "_" for c in variant), asdict(plan))
+    cells = Cells(folder / quote(variant, safe=""), asdict(plan))
     if not change.keys() & {"density", "samples", "calibration"}:
         shared = Study(backbone, chosen, None, default, cells=Cells(folder / "default", asdict(default)))
         for task in chosen:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from scorers import SUBJECTS, Subject, contenders, forward_alone, plain
+from scorers import accumulating, contenders, forward_alone, plain
+from subjects import SUBJECTS, Subject
 
 import talos_fast
 from talos_fast import ops
@@ -27,9 +28,12 @@ RESULTS = Path(__file__).parent / "results"
 BASELINE = "plain forward-backward"
 BATCHES = {"ours": (16,), "peers": (16,), "released": (4, 8, 16)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# What a batched backward must hold, what one holds, and what ours does.
+# What a batched backward must hold, what one holds, the same beside 4 bytes a score, and what ours does.
 KEEPING = {"forward alone, activations kept": forward_alone, BASELINE: plain,
+           f"{BASELINE}, gradients kept": accumulating,
            "talos-fast, full": lambda subject: lambda: sensitivities(subject.model, [subject.batch] * 2)}  # fmt: skip
+# glibc keeps freed blocks of up to 32 MiB for later unless told to give them back: what is resident is in use then.
+ALLOCATORS = {"memory": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}, "memory with glibc's defaults": {}}
 
 
 def timed(step: Any) -> float:
@@ -125,20 +129,23 @@ def peak(rank: int, model: str, size: int, way: str, out: str) -> None:
     Path(out).write_text(json.dumps(above(before, after)))
 
 
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("model", SUBJECTS)
-def test_memory(model: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory(
+    model: str, allocator: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen(request, model, "memory")
-    # glibc keeps freed blocks of up to 32 MiB for later; what is resident should be what is in use.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
+    for name, value in ALLOCATORS[allocator].items():
+        monkeypatch.setenv(name, value)
     size = int(request.config.getoption("--batch") or 16)
     torch.manual_seed(0)
     scored = sum(p.numel() for p in SUBJECTS[model](1).scored.values())
     rows = {}
+    print(f"\n{model}, {allocator}, batch {size}; 4 bytes a score are {scored * 4 / 2**20:.0f} MiB")
     for way in KEEPING:
         out = tmp_path / "peak.json"
         mp.spawn(peak, (model, size, way, str(out)), nprocs=1)
-        rows[way] = {"peak_bytes": json.loads(out.read_text())}
-        found = rows[way]["peak_bytes"]
-        print(f"\n  {way:28s} {'not measured' if found is None else f'{found / 2**20:9.0f} MiB above the model'}; "
-              f"4 bytes a score are {scored * 4 / 2**20:.0f}")  # fmt: skip
-    save(model, f"memory, batch {size}", rows)
+        found = json.loads(out.read_text())
+        rows[way] = {"peak_bytes": found}
+        print(f"  {way:40s} {'not measured' if found is None else f'{found / 2**20:9.0f} MiB above the model'}")
+    save(model, f"{allocator}, batch {size}", rows)
