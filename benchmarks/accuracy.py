@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accuracy_settings import SETTINGS
-from accuracy_table import METHODS, RESULTS, mean, plot, table_text
+from accuracy_table import METHODS, RECIPES, RESULTS, ROWS, mean, plot, table_text
 
 import talos_fast
 from talos_fast.cells import Cells
@@ -26,43 +26,48 @@ from talos_fast.storage import write_json
 from talos_fast.study import Plan, Study
 
 
-def run(out: Path, name: str, seed: int, methods: Sequence[str] = METHODS) -> None:
+def run(out: Path, name: str, seed: int, rows: Sequence[str] = ROWS) -> None:
     """The rows of one model and seed, in order; each is copied to the results as soon as it is finished."""
     setting = SETTINGS[name]
-    plan = plan_of(name, seed)
     backbone, control = setting.load(), setting.control()
-    study = Study(
-        backbone, setting.tasks(), control, plan, progress=False, stand_in=setting.stand_in(),
-        cells=Cells(out / name / f"seed{seed}", asdict(plan)),
-    )  # fmt: skip
-    zero, zero_control = study.zero_shot()
-    for method in methods:
-        start = time.perf_counter()
-        row = study.row(method)
-        print(f"{name} seed {seed} {method}: {time.perf_counter() - start:.0f} s {_line(row)}", flush=True)
+    for row_name in rows:
+        plan = plan_of(name, seed, row_name)
+        folder = f"seed{seed}" + f"-{row_name}" * (row_name in RECIPES)
+        study = Study(
+            backbone, setting.tasks(), control, plan, progress=False, stand_in=setting.stand_in(),
+            cells=Cells(out / name / folder, asdict(plan)),
+        )  # fmt: skip
+        start, (zero, zero_control) = time.perf_counter(), study.zero_shot()
+        row = study.row("talos" if row_name in RECIPES else row_name)
+        print(f"{name} seed {seed} {row_name}: {time.perf_counter() - start:.0f} s {_line(row)}", flush=True)
         about = {
             "model": backbone.name, "control_task": control.name, "zero_shot": zero, "plan": asdict(plan),
             "zero_shot_control": zero_control, "machine": platform.machine(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "talos_fast": talos_fast.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip
-        write_json(RESULTS / name / f"{method}_seed{seed}.json", {**about, **row})
+        write_json(RESULTS / name / f"{row_name}_seed{seed}.json", {**about, **row})
 
 
-def plan_of(name: str, seed: int) -> Plan:
-    """Seed 0 chooses each method's rate from its grid; other seeds have that one only.
+def plan_of(name: str, seed: int, row: str = "talos") -> Plan:
+    """Seed 0 chooses each method's rate from its grid; other seeds have that one only. A recipe has a plan of its own.
 
     Raises:
         FileNotFoundError: seed 0 has not been measured yet.
     """
-    plan = SETTINGS[name].plan
+    plan, takes = replace(SETTINGS[name].plan, seed=seed), {method: method for method in METHODS}
+    if row in RECIPES:
+        plan, takes = (
+            replace(plan, learning_rates={"talos": plan.learning_rates["talos"]}, **RECIPES[row]),
+            {"talos": row},
+        )
     if seed == 0:
         return plan
-    rows = {method: RESULTS / name / f"{method}_seed0.json" for method in METHODS}
-    chosen = {m: (float(json.loads(path.read_text())["lr"]),) for m, path in rows.items() if path.is_file()}
+    paths = {method: RESULTS / name / f"{taken}_seed0.json" for method, taken in takes.items()}
+    chosen = {m: (float(json.loads(path.read_text())["lr"]),) for m, path in paths.items() if path.is_file()}
     if not chosen:
         raise FileNotFoundError(f"{RESULTS / name}: no row of seed 0, which chooses the learning rates; run it first")
-    return replace(plan, learning_rates=chosen, extend=0, seed=seed)
+    return replace(plan, learning_rates=chosen, extend=0)
 
 
 def _line(row: dict) -> str:
@@ -75,7 +80,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--out", type=Path, default=Path("accuracy-output"))
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="several processes may share one folder")
+    parser.add_argument("--methods", nargs="*", default=list(ROWS), help="several processes may share one folder")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -7,12 +7,15 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 METHODS = ("nonlinear", "linearized", "l-lora", "lota", "talos")
+# Rows beside the five methods: what they change in the plan of TaLoS.
+RECIPES = {"talos-0.3": {"density": 0.3}}
+ROWS = (*METHODS, *RECIPES)
 MEANING = """Test accuracy in %, mean over tasks (± standard deviation over seeds). *single*: each task with its own
 vector. *added*, *norm.*, *of best*: all vectors added with one α, absolute, over the method's own *single*, and over
 the best *single* of any method. *target*, *control*: one vector subtracted, accuracy on its task (lower is better)
 and on the control task, kept at 95 % of its start on validation data. *kB*: a vector (for l-lora its factors B).
 *s/task*: calibration and training at the chosen rate on a machine shared with other work: no speed measurement.
-Learning rates and α were chosen on validation data.
+Learning rates and α were chosen on validation data. *talos-0.3* is talos at a density of 0.3 instead of 0.1.
 """
 COLUMNS = ("method", "lr", "single", "added", "norm.", "of best", "α", "target", "control", "kB", "s/task", "seeds")
 
@@ -22,8 +25,8 @@ def mean(values: dict[str, float]) -> float:
 
 
 def results(name: str) -> dict[str, list[dict]]:
-    """Method -> what was measured, one entry a seed; methods without a result are left out."""
-    found = {m: [json.loads(p.read_text()) for p in sorted((RESULTS / name).glob(f"{m}_seed*.json"))] for m in METHODS}
+    """Row -> what was measured, one entry a seed; those without a result are left out."""
+    found = {m: [json.loads(p.read_text()) for p in sorted((RESULTS / name).glob(f"{m}_seed*.json"))] for m in ROWS}
     return {method: rows for method, rows in found.items() if rows}
 
 
@@ -74,7 +77,7 @@ def _table(name: str) -> str:
         "", "| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
         f"| zero-shot |  | {zero:.1f} | {zero:.1f} |  |  |  | {zero:.1f} | {control:.1f} |  |  |  |",
     ]  # fmt: skip
-    for method in METHODS:
+    for method in ROWS:
         missing = f"| {method} | not measured |" + "  |" * (len(COLUMNS) - 2)
         lines.append(_row(method, found[method], best) if method in found else missing)
     return "\n".join(lines) + "\n"
@@ -117,7 +120,7 @@ def plot(names: Sequence[str], path: Path) -> None:
                 axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
             continue
         best, zero = best_single(found), 100 * mean(next(iter(found.values()))[0]["zero_shot"])
-        for number, method in enumerate(METHODS):
+        for number, method in enumerate(ROWS):
             if method not in found:
                 axes[1, column].bar(method, 0)
                 axes[1, column].text(number, 1, "not measured", rotation=90, ha="center", va="bottom")

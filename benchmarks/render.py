@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from show import COUNTED, ORDER, SHOWN, VARIANTS, Cell, cells, counted, heading, measured, rows_of
+from show import ALONE, COUNTED, ORDER, SHOWN, VARIANTS, Cell, cells, counted, heading, measured, rows_of
 
 from talos_fast.storage import atomic
 
@@ -31,6 +31,8 @@ def markdown(contents: list[dict[str, Any]]) -> str:
     """One table a model, machine and variant; what nobody has measured is named."""
     lines = [line for content in contents for line in _table(content)]
     lines += [COUNTS, ""]
+    if any(row.get("alone") for content in contents for row in content["rows"]):
+        lines += [ALONE.replace("* ", r"\* "), ""]
     missing = [model for model in MODELS if model not in {content["model"] for content in contents}]
     if missing:
         lines += [f"Not measured: {', '.join(missing)}.", ""]
@@ -69,7 +71,7 @@ def _figure(column: str, cell: Cell | None) -> str:
         return "not measured"
     value = measured(column, cell)
     paper_ratio = "" if cell.paper is None else f" (paper {cell.paper:.2f})"
-    return f"{value}, ×{cell.ratio:.2f}{paper_ratio}" if cell.ratio is not None else value
+    return f"{value}, ×{cell.times}{paper_ratio}" if cell.times else value
 
 
 def summary(contents: list[dict[str, Any]]) -> str:
@@ -90,7 +92,7 @@ def summary(contents: list[dict[str, Any]]) -> str:
 def _ratio(cell: Cell | None) -> str:
     if cell is None or cell.ratio is None:
         return "not measured"
-    return f"{cell.ratio:.2f}" if cell.paper is None else f"{cell.ratio:.2f} ({cell.paper:.2f})"
+    return cell.times if cell.paper is None else f"{cell.times} ({cell.paper:.2f})"
 
 
 def plot(contents: list[dict[str, Any]], path: Path) -> None:

@@ -12,6 +12,7 @@ from talos_fast.profiling.work import Work
 SHOWN = ("fwd-bwd", "step", "clip+step", "total", "peak")
 COUNTED = ("GFLOP (floor)", "kept", "step moves")
 VARIANTS = ("paper", "eager", "compiled")
+ALONE = "* measured after full fine-tuning, not in turn with it: memory does not hold both"
 ORDER = ("nonlinear", "linearized", "l-lora", "lota", "talos")
 
 
@@ -24,6 +25,7 @@ class Cell:
         low, high: the least and the largest of the rounds; the value itself for "peak".
         ratio: to full fine-tuning in the same variant; for times the median over the rounds.
         paper: the paper's ratio, where it has one.
+        alone: whether full fine-tuning was measured before it and not beside it, for lack of memory.
     """
 
     value: float
@@ -31,6 +33,12 @@ class Cell:
     high: float
     ratio: float | None
     paper: float | None
+    alone: bool = False
+
+    @property
+    def times(self) -> str:
+        """The ratio, with a star if it was measured alone."""
+        return "" if self.ratio is None else f"{self.ratio:.2f}" + "*" * self.alone
 
 
 def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,7 +63,9 @@ def cells(content: dict[str, Any], row: dict[str, Any], against: str | None = No
         times = mine.of(*COLUMNS[column])
         ratio = None if base is None else mine.ratio(Timings(base), *COLUMNS[column])
         known = paper.ratio(content["model"], row["method"], column)
-        found[column] = Cell(mine.median(*COLUMNS[column]), min(times), max(times), ratio, known)
+        found[column] = Cell(
+            mine.median(*COLUMNS[column]), min(times), max(times), ratio, known, row.get("alone", False)
+        )
     peak = peak_bytes(content, row)
     if peak is not None:
         full = [r for r in content["rows"] if (r["method"], r["variant"]) == ("nonlinear", against)]
@@ -112,6 +122,8 @@ def _lines(content: dict[str, Any]) -> Iterator[str]:
         found = cells(content, row)
         figures = "".join(f"{figure(column, found.get(column)):>25s}" for column in SHOWN)
         yield f"{name:22s}{figures}{_wide(counted(content, row))}"
+    if any(row.get("alone") for row in content["rows"]):
+        yield ALONE
 
 
 def _wide(columns: Iterable[str]) -> str:
@@ -147,5 +159,5 @@ def figure(column: str, cell: Cell | None) -> str:
     if cell is None:
         return "not measured"
     value = measured(column, cell)
-    ratio = "" if cell.ratio is None else f" ×{cell.ratio:.2f}"
+    ratio = f" ×{cell.times}" if cell.times else ""
     return value + ratio + ("" if cell.paper is None else f" ({cell.paper:.2f})")

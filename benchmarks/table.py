@@ -60,6 +60,7 @@ class Table:
         self._about: dict[str, Any] = {"model": model}
         self._rows: list[dict[str, Any]] = []
         self._baselines: dict[str, FinetuneIteration] = {}
+        self._beside: dict[str, dict[str, list[float]]] = {}  # variant -> seconds of its baseline, measured last
         self._peaks: dict[tuple[str, str], int | None] = {}
         self._free = bytes_free(chosen.device)
         self.broken: list[str] = []
@@ -70,22 +71,27 @@ class Table:
         return {"benchmark": "table", **about, "variants": VARIANTS, "rows": self._rows}
 
     def measured(self) -> Iterator[dict[str, Any]]:
-        """The rows: the baselines first, then every other contender beside them."""
+        """The rows: the baselines first, every other contender beside them, and at last what memory holds alone."""
         order = [(BASELINE, variant) for variant in self._chosen.variants]
-        order += [(m, v) for m in self._chosen.methods for v in self._chosen.variants if m != BASELINE]
+        others = [(m, v) for m in self._chosen.methods for v in self._chosen.variants if m != BASELINE]
         workload, missing = None, ""
         try:
+            others.sort(key=lambda one: self._needs_all(*one))
             if self._chosen.device.type == "cpu":
-                self._read_peaks(order)  # before this process holds a model too
+                self._read_peaks(order + others)  # before this process holds a model too
             workload = self._built()
         except ImportError as error:
             missing = f"{error.name} is not installed"
-        for method, variant in order:
+        for method, variant in order + others:
             row = {"method": method, "variant": variant, "date": time.strftime("%Y-%m-%d"), "revision": revision()}
-            lacking = missing or self._lacking(method, variant, len(self._chosen.variants))
+            lacking = missing or self._lacking(method, variant, baselines=0)
             row |= {"missing": lacking} if workload is None or lacking else self._row(workload, method, variant)
             self._rows.append(row)
             yield row
+
+    def _needs_all(self, method: str, variant: str) -> bool:
+        """Whether memory does not hold the baselines beside it."""
+        return bool(self._lacking(method, variant, len(self._chosen.variants)))
 
     def _lacking(self, method: str, variant: str, baselines: int) -> str:
         """Why there is not memory enough, if there is not."""
@@ -114,6 +120,9 @@ class Table:
 
     def _row(self, workload: Workload, method: str, variant: str) -> dict[str, Any]:
         try:
+            if self._needs_all(method, variant):
+                self._baselines.clear()
+                gc.collect()
             return self._measured(workload, method, variant)
         except torch.OutOfMemoryError:
             return {"missing": "out of memory"}
@@ -145,8 +154,9 @@ class Table:
             self._baselines[variant] = iteration
         if isinstance(iteration, PaperIteration):
             iteration.check()
-        baselines = {name: timings[f"{BASELINE} {name}"].seconds for name in self._baselines}
-        row = {"seconds": timings[key].seconds, "baselines": baselines, "peak_bytes": peak}
+        self._beside |= {name: timings[f"{BASELINE} {name}"].seconds for name in self._baselines}
+        row = {"seconds": timings[key].seconds, "baselines": dict(self._beside), "peak_bytes": peak}
+        row["alone"] = not self._baselines  # its baselines are those of the rows before it
         if variant == "compiled":
             row["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
         return row | self._counted(workload, iteration, method, variant)

@@ -60,9 +60,15 @@ def test_rows_table_and_plot(results, tmp_path):
     plan = accuracy.plan_of("small", 1)
     assert plan.learning_rates == {m: (lr,) for m, lr in chosen.items()} and plan.seed == 1
     accuracy.run(out, "small", 1, ["talos"])
+    accuracy.run(out, "small", 0, ["talos-0.3"])
+    recipe = json.loads((results / "small" / "talos-0.3_seed0.json").read_text())
+    assert recipe["plan"]["density"] == 0.3 and set(recipe["plan"]["learning_rates"]) == {"talos"}
+    default = json.loads((results / "small" / "talos_seed0.json").read_text())
+    assert accuracy_table.mean(recipe["vector_bytes"]) > 1.5 * accuracy_table.mean(default["vector_bytes"])
+    assert accuracy.plan_of("small", 1, "talos-0.3").learning_rates == {"talos": (recipe["lr"],)}
     text = accuracy_table.table_text(["small", "other"])
     assert "**other**: not measured" in text and text.count("not measured") == 4
-    talos = next(line for line in text.splitlines() if line.startswith("| talos"))
+    talos = next(line for line in text.splitlines() if line.startswith("| talos |"))
     assert talos.endswith("| 2 |") and talos.count("±") == 6
     row = json.loads((results / "small" / "talos_seed1.json").read_text())
     assert [trial["alpha"] for trial in row["addition"]["trials"]] == [0.0, 0.5]
@@ -89,7 +95,7 @@ def test_an_ablation_row_of_one_kind(results, tmp_path):
     assert sum(count.selected for count in counts.values()) == counts["query"].selected
     plan = Plan(**{**asdict(PLAN), "learning_rates": {"talos": (1e-2,)}, "density": 0.5})
     row = ablation.measure("small", "only queries", {"only": "query"}, plan, tmp_path, 1)
-    used = Mask.load(tmp_path / "ablation-small" / "only_queries" / "masks" / "three.safetensors")
+    used = Mask.load(tmp_path / "ablation-small" / "only%20queries" / "masks" / "three.safetensors")
     assert used.info["only"] == "query" and row["tasks"] == ["three"]
     assert "| only queries | 0.01 |" in ablation.markdown({"only queries": row})
 

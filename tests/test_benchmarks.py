@@ -14,6 +14,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import show
+import table
+import workloads
+from choice import Choice
 from records import merge_rows
 from rivals import DenseMaskedAdamW
 
@@ -65,6 +68,24 @@ def test_every_row_has_its_figures(measured, model, methods, variants):
     assert (work["selected_gradients"] < work["weight_gradients"]) == (model == "smoke")
     assert work["weight_gradients"] < full["work"]["weight_gradients"]
     assert sparse["work"]["saved_bytes"] < full["work"]["saved_bytes"]
+
+
+def test_what_does_not_fit_beside_full_fine_tuning_is_measured_alone(monkeypatch):
+    chosen = Choice("smoke", torch.device("cpu"), ["smoke"], ["linearized", "l-lora"], ["eager"], None, 2, False)
+    enough = workloads.bytes_needed("smoke", "linearized", "eager", baselines=0)
+    assert workloads.bytes_needed("smoke", "l-lora", "eager", 1) < enough
+    assert enough < workloads.bytes_needed("smoke", "linearized", "eager", 1)
+    monkeypatch.setattr(table, "bytes_free", lambda _: enough)
+    measured = table.Table("smoke", chosen)
+    rows = list(measured.measured())
+    assert [row["method"] for row in rows] == ["nonlinear", "l-lora", "linearized"]
+    full, beside, alone = rows
+    assert not full["alone"] and not beside["alone"] and alone["alone"]
+    assert full["baselines"] != beside["baselines"] == alone["baselines"]
+    content = measured.content() | {"date": "today"}
+    printed = show.text(content)
+    assert show.ALONE in printed and show.cells(content, alone)["total"].times.endswith("*")
+    assert not show.cells(content, beside)["total"].times.endswith("*")
 
 
 def test_rendering(measured):
