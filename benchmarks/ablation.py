@@ -7,6 +7,7 @@ The learning rate is that of the committed row of seed 0, unless it is what chan
 
 import argparse
 import json
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -27,22 +28,28 @@ COLUMNS = ("recipe", "lr", "single", "added", "norm.", "α", "target", "control"
 def variants(lr: float, steps: int) -> dict[str, dict]:
     """Name -> what differs from the default: density 0.1, 4 rounds, damage 0.1, fisher, 256 samples, ``lr``.
 
-    "only" is no field of the plan: the kind of entries (`talos_fast.structure`) that stays of the default's mask.
+    "only" is no field of the plan: the kinds of entries (`talos_fast.structure`) that stay of the mask.
     """
     return {
         "default": {},
         "learning rate / 3": {"learning_rates": {"talos": (lr / 3,)}},
         "learning rate / 10": {"learning_rates": {"talos": (lr / 10,)}},
         "learning rate × 3": {"learning_rates": {"talos": (lr * 3,)}},
-        "only queries": {"only": "query"},
-        "only keys": {"only": "key"},
+        "only queries": {"only": ("query",)},
+        "only keys": {"only": ("key",)},
         "density 0.03": {"density": 0.03},
         "density 0.3": {"density": 0.3},
         "1 round": {"calibration": {"rounds": 1}},
         "damage 0 (hard)": {"calibration": {"damage": 0.0}},
         "damage 0, learning rate / 3": {"calibration": {"damage": 0.0}, "learning_rates": {"talos": (lr / 3,)}},
         "damage 1 (none)": {"calibration": {"damage": 1.0}},
+        "density 0.17, learning rate / 3": {"density": 0.17, "learning_rates": {"talos": (lr / 3,)}},
         "density 0.3, learning rate / 3": {"density": 0.3, "learning_rates": {"talos": (lr / 3,)}},
+        "the same, queries and keys": {
+            "density": 0.3,
+            "learning_rates": {"talos": (lr / 3,)},
+            "only": ("query", "key"),
+        },
         "jacobian": {"calibration": {"estimator": "jacobian"}},
         "empirical Fisher": {"calibration": {"estimator": "empirical"}},
         "64 samples": {"samples": 64},
@@ -51,15 +58,15 @@ def variants(lr: float, steps: int) -> dict[str, dict]:
     }
 
 
-def of_kind(mask: Mask, kind: str) -> Mask:
-    """What a mask selects of one kind of entries."""
+def of_kinds(mask: Mask, kinds: Collection[str]) -> Mask:
+    """What a mask selects of some kinds of entries."""
     kept = {}
     for name, tensor in mask.items():
         kept[name] = torch.zeros_like(tensor)
         for part in parts(name, tuple(tensor.shape)):
-            if part.kind == kind:
+            if part.kind in kinds:
                 part.of(kept[name]).copy_(part.of(tensor))
-    return Mask(kept, base=mask.base, info={**mask.info, "only": kind})
+    return Mask(kept, base=mask.base, info={**mask.info, "only": list(kinds)})
 
 
 def measure(name: str, variant: str, change: dict, default: Plan, out: Path, tasks: int | None) -> dict:
@@ -69,11 +76,13 @@ def measure(name: str, variant: str, change: dict, default: Plan, out: Path, tas
     backbone, chosen = setting.load(), setting.tasks()[:tasks]
     folder = out / f"ablation-{name}"
     cells = Cells(folder / quote(variant, safe=""), asdict(plan))
-    if not change.keys() & {"density", "samples", "calibration"}:
-        shared = Study(backbone, chosen, None, default, cells=Cells(folder / "default", asdict(default)))
+    same = not change.keys() & {"density", "samples", "calibration"}
+    if same or only is not None:
+        of = Cells(folder / "default", asdict(default)) if same else Cells()
+        masks = Study(backbone, chosen, None, default if same else plan, cells=of, progress=False)
         for task in chosen:
-            mask = shared.mask(task)
-            cells.mask(f"masks/{task.name}", lambda mask=mask: mask if only is None else of_kind(mask, only))
+            mask = masks.mask(task)
+            cells.mask(f"masks/{task.name}", lambda mask=mask: mask if only is None else of_kinds(mask, only))
     study = Study(
         backbone, chosen, setting.control(), plan, progress=False, cells=cells, stand_in=setting.stand_in()
     )  # fmt: skip

@@ -38,7 +38,7 @@ def finetune(
     loss: Loss | None = None,
     epochs: int | None = None,
     steps: int | None = None,
-    lr: float = 1e-5,
+    lr: float | None = None,
     weight_decay: float = 0.1,
     warmup: int | None = None,
     schedule: Schedule = "cosine",
@@ -70,9 +70,10 @@ def finetune(
         forward: ``forward(model, batch) -> logits (N, K)``; default: call the model.
         loss: ``loss(logits, labels) -> scalar``; default: cross-entropy.
         epochs, steps: how long; one of them. Default: one epoch. ``steps`` counts optimizer steps.
-        lr: peak learning rate. Masks leave little to move: "talos" took 3 to 100 times the one of "nonlinear". At a
-            third of the rate that is best for a task alone vectors interfere less and have learned 1 to 3 points less
-            (benchmarks/results/accuracy/ablation_*.md, validation data); their sum gained on one model of three.
+        lr: peak learning rate; default 1e-5, the paper's, but 3e-4 for "talos" and "l-lora", which leave little to
+            move. In short runs the best was up to 30 times higher. At a third of the rate that is best for a task
+            alone vectors interfere less and have learned 1 to 3 points less; their sum gained on one model of three
+            (benchmarks/results/accuracy/ablation_*.md, validation data).
         weight_decay: towards zero, of the entries that train.
         warmup: steps; default 500, or a tenth of a run of less than 5,000.
         schedule: "cosine" or "constant".
@@ -92,8 +93,9 @@ def finetune(
         TalosError: bad arguments; a mask of another model; no batch; NaN or infinite logits, loss or gradients (the
             batch is named and its step not taken); a checkpoint of another run.
     """
-    recipe = _recipe(batches, epochs, steps, lr, warmup, schedule, clip, accumulate, amp, seed)
     chosen = get_method(method, compat)
+    peak = chosen.lr if lr is None else lr
+    recipe = _recipe(batches, epochs, steps, peak, warmup, schedule, clip, accumulate, amp, seed)
     options = Options(mask, density, finetuned, rank, lora_alpha)
     chosen.check(options)
     for what, recorded in (("the mask", mask), ("finetuned=", finetuned)):
@@ -117,7 +119,7 @@ def finetune(
 
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     with kept_flags_and_modes(model):
-        setup = chosen.prepare(Request(model, forward or default_forward, lr, weight_decay, options, first))
+        setup = chosen.prepare(Request(model, forward or default_forward, peak, weight_decay, options, first))
         trainer = train(setup, method, folder)
         deltas = setup.export()
     info: dict[str, Any] = {

@@ -90,13 +90,13 @@ def test_an_ablation_row_of_one_kind(results, tmp_path):
     model = tiny_clip().classifier(image_task())
     batches = [(torch.randn(4, 3, 16, 16), torch.arange(4) % 3)]
     mask = calibrate(model, batches, density=0.5, rounds=1, progress=False)
-    counts = density_by_kind(ablation.of_kind(mask, "query"))
+    counts = density_by_kind(ablation.of_kinds(mask, ("query",)))
     assert counts["query"].selected == density_by_kind(mask)["query"].selected > 0
     assert sum(count.selected for count in counts.values()) == counts["query"].selected
     plan = Plan(**{**asdict(PLAN), "learning_rates": {"talos": (1e-2,)}, "density": 0.5})
-    row = ablation.measure("small", "only queries", {"only": "query"}, plan, tmp_path, 1)
+    row = ablation.measure("small", "only queries", {"only": ("query",)}, plan, tmp_path, 1)
     used = Mask.load(tmp_path / "ablation-small" / "only%20queries" / "masks" / "three.safetensors")
-    assert used.info["only"] == "query" and row["tasks"] == ["three"]
+    assert used.info["only"] == ["query"] and row["tasks"] == ["three"]
     assert "| only queries | 0.01 |" in ablation.markdown({"only queries": row})
 
 

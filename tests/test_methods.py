@@ -49,6 +49,15 @@ def jacobian_product(model, batch, tangents) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_rate_is_the_papers_but_higher_where_little_can_move(method, tmp_path):
+    model, batches = case("clip", tmp_path)
+    few = 3e-4 if method in ("talos", "l-lora") else 1e-5
+    for compat, expected in (("paper", few), ("released", 1e-5)):
+        found = train(copy.deepcopy(model), batches, method, steps=1, lr=None, compat=compat)
+        assert found.info["lr"] == expected
+
+
 @pytest.mark.parametrize("kind", ["clip", "timm", "bert", "t5"])
 def test_linearized_is_the_jacobian_product(kind, tmp_path):
     model, batches = case(kind, tmp_path, torch.float64)

@@ -103,7 +103,7 @@ def finetune(
     compat: Annotated[Compat, typer.Option(help="Or as the released code has it.")] = "paper",
     epochs: Annotated[int | None, typer.Option(help="How long, or --steps; default 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak; talos took 3 to 100 times that of nonlinear.")] = 1e-5,
+    lr: Annotated[float | None, typer.Option(help="Peak; default 1e-5, 3e-4 for talos and l-lora.")] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of the entries that train.")] = 0.1,
     warmup: Annotated[int | None, typer.Option(help="Steps; default 500, or a tenth of the run.")] = None,
     schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = "cosine",

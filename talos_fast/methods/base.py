@@ -91,11 +91,13 @@ class Method:
         name: what ``finetune(method=…)`` and the vector's ``info`` call it.
         prepare: the request, to what the trainer runs.
         takes: the fields of `Options` that mean something to it.
+        lr: peak learning rate where the user names none; the paper's by default.
     """
 
     name: str
     prepare: Callable[[Request], Setup]
     takes: frozenset[str] = frozenset()
+    lr: float = 1e-5
 
     def check(self, options: Options) -> None:
         """Refuses options that would be ignored.
