@@ -1,7 +1,8 @@
 """The optimizer step: MaskedAdam against torch's AdamW on all parameters, and against a dense masked AdamW.
 
 All step the same weights and gradients in one process. Each is interleaved with fused AdamW, so that a busy machine
-slows the two alike, and then dropped, so that a model needs the memory of two optimizers and not of all.
+slows the two alike, and then dropped, so that a model needs the memory of two optimizers and not of all. All are
+measured several times over, minutes apart: where the machine's memory is now fast and now slow, one moment says little.
 """
 
 import gc
@@ -23,7 +24,8 @@ from talos_fast.optim.plan import select
 from talos_fast.storage import write_json
 
 BASELINE = "AdamW fused"
-WARMUP = 2
+SWEEPS = 3
+WARMUP = 1
 DENSE = (BASELINE, "AdamW foreach", "AdamW for-loop")
 # What is timed, and what it is called after the baseline and after ours.
 KINDS = {"step": (stepping, "", ""), "loop": (clipping, ", unscale + clip + step", ", clip + step")}
@@ -43,6 +45,7 @@ class Bench:
         self.numel = sum(w.numel() for w in self.weights.values())
         self.masks: Masks | None = None
         self._baselines: dict[str, Stepper | None] = {}
+        self._measured: dict[str, list[tuple[float, float | None]]] = {}  # of a row: of each round, and the baseline's
         self.rows: dict[str, dict[str, Any]] = {}
 
     def make(self, rival: str, kind: str, small: bool = False) -> Stepper | None:
@@ -53,10 +56,10 @@ class Bench:
         return KINDS[kind][0](build(*arguments))
 
     def compare(self, rival: str, kind: str, label: str) -> None:
-        """Adds the row ``label``: the rival beside the baseline of the same kind, or alone where memory is short."""
+        """Adds to the row ``label``: the rival beside the baseline of the same kind, or alone where memory is short."""
         baseline = self.settle(rival, kind)
         if self.needs(rival) > self.free() and rival != BASELINE:
-            self.rows[label] = {"missing": f"needs {self.needs(rival) / 2**30:.0f} GiB"}
+            self.rows.setdefault(label, {"missing": f"needs {self.needs(rival) / 2**30:.0f} GiB"})
             return
         stepper = baseline if rival == BASELINE else self.make(rival, kind)
         if stepper is None:
@@ -65,7 +68,9 @@ class Bench:
         if baseline is not None and baseline is not stepper:
             pair[BASELINE] = baseline.run
         times = self.interleave(pair)
-        self.rows[label] = self.row(rival, times[label], times.get(BASELINE), kind) | {
+        rounds = self._measured.setdefault(label, [])
+        rounds += zip(times[label], times.get(BASELINE, [None] * len(times[label])), strict=True)
+        self.rows[label] = self.row(rival, rounds, kind) | {
             "state_bytes": stepper.state_bytes(), "host_us": self.host(rival, kind),
         }  # fmt: skip
 
@@ -98,7 +103,7 @@ class Bench:
     def interleave(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of each, one after the other in every round; on CUDA between events."""
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(WARMUP + self.rounds):
+        for turn in range(WARMUP + -(-self.rounds // SWEEPS)):
             for name, run in contenders.items():
                 elapsed = self._seconds(run)
                 if turn >= WARMUP:
@@ -118,16 +123,18 @@ class Bench:
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def row(self, rival: str, times: list[float], beside: list[float] | None, kind: str) -> dict[str, Any]:
-        """Figures of one stepper. Its ratio to the baseline is that of the medians; the spread is over the rounds."""
-        median = statistics.median(times)
-        row = {"median_ms": 1e3 * median, "min_ms": 1e3 * min(times), "max_ms": 1e3 * max(times)}
-        if beside is not None:
-            ratios = [a / b for a, b in zip(times, beside, strict=True)]
-            fused = statistics.median(beside)
+    def row(self, rival: str, rounds: list[tuple[float, float | None]], kind: str) -> dict[str, Any]:
+        """Figures of one stepper: medians over the rounds, the ratio's too, of the two steps of a round."""
+        times = [own for own, _ in rounds]
+        row = {"median_ms": 1e3 * statistics.median(times), "min_ms": 1e3 * min(times), "max_ms": 1e3 * max(times),
+               "rounds": len(times)}  # fmt: skip
+        pairs = [(own, fused) for own, fused in rounds if fused is not None]
+        if pairs:
+            ratios = [own / fused for own, fused in pairs]
             return row | {
-                "of_fused": median / fused, "of_fused_min": min(ratios), "of_fused_max": max(ratios),
-                "fused_ms": 1e3 * fused, "interleaved": True,
+                "of_fused": statistics.median(ratios), "of_fused_min": min(ratios), "of_fused_max": max(ratios),
+                "fused_ms": 1e3 * statistics.median(fused for _, fused in pairs),
+                "interleaved": len(pairs) == len(rounds),
             }  # fmt: skip
         fused_ms = row["median_ms"] if rival == BASELINE else self.rows[BASELINE + KINDS[kind][1]].get("median_ms")
         ratio = None if fused_ms is None else row["median_ms"] / fused_ms
@@ -151,18 +158,26 @@ def test_step(model: str, request: pytest.FixtureRequest) -> None:
     if model not in option.models.split(","):
         pytest.skip(f"not among --models {option.models}")
     bench = Bench(model, option.device or ("cuda" if torch.cuda.is_available() else "cpu"), option.rounds)
+    occupancies: dict[str, dict[str, float]] = {}
+    for _ in range(SWEEPS):
+        sweep(bench, occupancies)
+    report(model, bench, occupancies, option.results)
+
+
+def sweep(bench: Bench, occupancies: dict[str, dict[str, float]]) -> None:
+    """Measures everything once more."""
     for rival in DENSE:
         bench.compare(rival, "step", rival)
     bench.compare(BASELINE, "loop", BASELINE + KINDS["loop"][1])
-    occupancies = {}
     for name, make in MASKS.items():
         bench.masks = make(bench.shapes, torch.Generator().manual_seed(1))
-        occupancies[name] = occupancy(bench.masks, {n: select(m, bench.weights[n]) for n, m in bench.masks.items()})
+        if name not in occupancies:
+            chosen = {n: select(m, bench.weights[n]) for n, m in bench.masks.items()}
+            occupancies[name] = occupancy(bench.masks, chosen)
         for kind, (_, _, called) in KINDS.items():
             bench.compare("MaskedAdam", kind, f"MaskedAdam, {name}{called}")
         if name == "TaLoS mask":
             bench.compare("dense masked AdamW", "step", f"dense masked AdamW, {name}")
-    report(model, bench, occupancies, option.results)
 
 
 def report(model: str, bench: Bench, masks: dict[str, dict[str, float]], folder: Path) -> None:
