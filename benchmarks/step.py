@@ -5,7 +5,6 @@ slows the two alike, and then dropped, so that a model needs the memory of two o
 measured several times over, minutes apart: where the machine's memory is now fast and now slow, one moment says little.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from steppers import RIVALS, Stepper, clipping, eight, stepping
 
 from talos_fast import ops
 from talos_fast.optim.plan import select
+from talos_fast.profiling.memory import Memory
 from talos_fast.storage import write_json
 
 BASELINE = "AdamW fused"
@@ -90,7 +90,7 @@ class Bench:
 
     def free(self) -> float:
         """Bytes that can still be allocated, with a tenth to spare."""
-        gc.collect()
+        Memory(torch.device(self.device)).held()  # gives back what is free
         if self.device == "cuda":
             torch.cuda.empty_cache()
             return 0.9 * torch.cuda.mem_get_info()[0]
