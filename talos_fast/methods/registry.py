@@ -11,8 +11,8 @@ from talos_fast.methods.lota import lota
 from talos_fast.methods.nonlinear import nonlinear
 from talos_fast.methods.talos import talos
 
-# Where little can move, the rate that was best on three small models was 3 to 300 times that of full fine-tuning, in the
-# geometric mean 20 to 30 times (benchmarks/results/accuracy/table.md).
+# Where little can move, the rate that was best on three small models was 3 to 300 times that of full fine-tuning, in
+# the geometric mean 20 to 30 times (benchmarks/results/accuracy/table.md).
 FEW = 3e-4
 
 METHODS: dict[str, Method] = {
