@@ -18,6 +18,7 @@ from accuracy_table import RESULTS, mean
 
 from talos_fast import Mask
 from talos_fast.cells import Cells
+from talos_fast.methods import METHODS
 from talos_fast.storage import write_json
 from talos_fast.structure import parts
 from talos_fast.study import Plan, Study
@@ -34,6 +35,8 @@ def variants(lr: float, steps: int) -> dict[str, dict]:
         "default": {},
         "learning rate / 3": {"learning_rates": {"talos": (lr / 3,)}},
         "learning rate / 10": {"learning_rates": {"talos": (lr / 10,)}},
+        "finetune's default rate": {"learning_rates": {"talos": (METHODS["talos"].lr,)}},
+        "full fine-tuning's": {"learning_rates": {"talos": (METHODS["nonlinear"].lr,)}},
         "learning rate × 3": {"learning_rates": {"talos": (lr * 3,)}},
         "only queries": {"only": ("query",)},
         "only keys": {"only": ("key",)},

@@ -57,10 +57,8 @@ def plan_of(name: str, seed: int, row: str = "talos") -> Plan:
     """
     plan, takes = replace(SETTINGS[name].plan, seed=seed), {method: method for method in METHODS}
     if row in RECIPES:
-        plan, takes = (
-            replace(plan, learning_rates={"talos": plan.learning_rates["talos"]}, **RECIPES[row]),
-            {"talos": row},
-        )
+        takes = {"talos": row}
+        plan = replace(plan, learning_rates={"talos": plan.learning_rates["talos"]}, **RECIPES[row])
     if seed == 0:
         return plan
     paths = {method: RESULTS / name / f"{taken}_seed0.json" for method, taken in takes.items()}
