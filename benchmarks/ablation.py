@@ -27,13 +27,14 @@ COLUMNS = ("recipe", "lr", "single", "added", "norm.", "α", "target", "control"
 
 
 def variants(lr: float, steps: int) -> dict[str, dict]:
-    """Name -> what differs from the default: density 0.1, 4 rounds, damage 0.1, fisher, 256 samples, ``lr``.
+    """Name -> what differs from the default: density 0.1, 4 rounds, damage 0.1, fisher, the setting's samples, ``lr``.
 
     "only" is no field of the plan: the kinds of entries (`talos_fast.structure`) that stay of the mask.
     """
+    third = {"learning_rates": {"talos": (lr / 3,)}}
     return {
         "default": {},
-        "learning rate / 3": {"learning_rates": {"talos": (lr / 3,)}},
+        "learning rate / 3": third,
         "learning rate / 10": {"learning_rates": {"talos": (lr / 10,)}},
         "finetune's default rate": {"learning_rates": {"talos": (METHODS["talos"].lr,)}},
         "full fine-tuning's": {"learning_rates": {"talos": (METHODS["nonlinear"].lr,)}},
@@ -44,20 +45,20 @@ def variants(lr: float, steps: int) -> dict[str, dict]:
         "density 0.3": {"density": 0.3},
         "1 round": {"calibration": {"rounds": 1}},
         "damage 0 (hard)": {"calibration": {"damage": 0.0}},
-        "damage 0, learning rate / 3": {"calibration": {"damage": 0.0}, "learning_rates": {"talos": (lr / 3,)}},
+        "damage 0, learning rate / 3": {"calibration": {"damage": 0.0}, **third},
         "damage 1 (none)": {"calibration": {"damage": 1.0}},
-        "density 0.17, learning rate / 3": {"density": 0.17, "learning_rates": {"talos": (lr / 3,)}},
-        "density 0.3, learning rate / 3": {"density": 0.3, "learning_rates": {"talos": (lr / 3,)}},
+        "density 0.17, learning rate / 3": {"density": 0.17, **third},
+        "density 0.3, learning rate / 3": {"density": 0.3, **third},
         "the same, queries and keys": {
             "density": 0.3,
-            "learning_rates": {"talos": (lr / 3,)},
+            **third,
             "only": ("query", "key"),
         },
         "jacobian": {"calibration": {"estimator": "jacobian"}},
         "empirical Fisher": {"calibration": {"estimator": "empirical"}},
         "64 samples": {"samples": 64},
         "no weight decay": {"weight_decay": 0.0},
-        "steps × 3, learning rate / 3": {"steps": 3 * steps, "learning_rates": {"talos": (lr / 3,)}},
+        "steps × 3, learning rate / 3": {"steps": 3 * steps, **third},
     }
 
 

@@ -30,13 +30,16 @@ def run(out: Path, name: str, seed: int, rows: Sequence[str] = ROWS) -> None:
     """The rows of one model and seed, in order; each is copied to the results as soon as it is finished."""
     setting = SETTINGS[name]
     backbone, control = setting.load(), setting.control()
+    studies: dict[str, Study] = {}  # the methods share one, a recipe has its own
     for row_name in rows:
         plan = plan_of(name, seed, row_name)
         folder = f"seed{seed}" + f"-{row_name}" * (row_name in RECIPES)
-        study = Study(
-            backbone, setting.tasks(), control, plan, progress=False, stand_in=setting.stand_in(),
-            cells=Cells(out / name / folder, asdict(plan)),
-        )  # fmt: skip
+        if folder not in studies:
+            studies[folder] = Study(
+                backbone, setting.tasks(), control, plan, progress=False, stand_in=setting.stand_in(),
+                cells=Cells(out / name / folder, asdict(plan)),
+            )  # fmt: skip
+        study = studies[folder]
         start, (zero, zero_control) = time.perf_counter(), study.zero_shot()
         row = study.row("talos" if row_name in RECIPES else row_name)
         print(f"{name} seed {seed} {row_name}: {time.perf_counter() - start:.0f} s {_line(row)}", flush=True)

@@ -2,7 +2,7 @@
 
 All step the same weights and gradients in one process. Each is interleaved with fused AdamW, so that a busy machine
 slows the two alike, and then dropped, so that a model needs the memory of two optimizers and not of all. All are
-measured several times over, minutes apart: where the machine's memory is now fast and now slow, one moment says little.
+measured in several sweeps: where the machine's memory is now fast and now slow, one moment says little.
 """
 
 import statistics
