@@ -108,7 +108,7 @@ void compact_gradient_cpu(Tensor compact, Tensor grad, Tensor work, std::optiona
       work.scalar_type() == ScalarType::Long && work.is_contiguous() && work.dim() == 2 && work.size(1) == 4,
       "work must be a contiguous int64 table of four columns");
   const Row* const rows = reinterpret_cast<const Row*>(work.const_data_ptr<int64_t>());
-  check_rows(rows, work.size(0), grad.numel(), compact.numel(), index);
+  check_stray(find_stray(rows, work.size(0), {grad.numel(), compact.numel(), index}));
   int64_t covered = 0;
   for (int64_t r = 0; r < work.size(0); ++r) covered += rows[r].count;
   STD_TORCH_CHECK(covered == compact.numel(), "work covers ", covered, " entries, compact has ", compact.numel());

@@ -23,10 +23,9 @@ inline bool check_grad(const Tensor& grad, const Tensor& param, const Tensor& ex
   return !dense;
 }
 
-// One tensor but for its gradient.
+// One tensor but for its gradient and the rows of work.
 inline void check_tensor(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                         const Tensor* max_exp_avg_sq, const Tensor* master, const Tensor& work,
-                         const Optional& index) {
+                         const Tensor* max_exp_avg_sq, const Tensor* master, const Tensor& work) {
   const int64_t entries = exp_avg.numel();
   const ScalarType wide = param.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(
@@ -36,7 +35,6 @@ inline void check_tensor(const Tensor& param, const Tensor& exp_avg, const Tenso
   check_state(exp_avg_sq, "exp_avg_sq", entries, wide);
   if (max_exp_avg_sq != nullptr) check_state(*max_exp_avg_sq, "max_exp_avg_sq", entries, wide);
   if (master != nullptr) check_state(*master, "master", entries, wide);
-  check_rows(reinterpret_cast<const Row*>(work.const_data_ptr<int64_t>()), work.size(0), param.numel(), entries, index);
 }
 
 }  // namespace talos

@@ -11,9 +11,9 @@ STABLE_TORCH_LIBRARY(talos_fast, m) {
   m.def("radix_histogram_(Tensor(a!) counts, Tensor scores, int digit, int prefix) -> ()");
   m.def(
       "masked_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] work, Tensor?[] index, *, float decay, float "
-      "beta1, "
-      "float beta2, float step_size, float correction, float eps, float grad_scale, bool maximize) -> ()");
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] work, Tensor?[] index, *, "
+      "Tensor(f!)[] steps, float step, float decay, float beta1, float beta2, float step_size, float correction, "
+      "float eps, float grad_scale, bool maximize) -> ()");
   m.def("compact_gradient_(Tensor(a!) compact, Tensor grad, Tensor work, Tensor? index, *, bool accumulate) -> ()");
 }
 

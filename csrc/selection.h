@@ -27,6 +27,20 @@ inline Encoding encoding_of(const Optional& index) {
   return bits ? Encoding::kBits : Encoding::kOffsets;
 }
 
+// What rows may name: the elements of a parameter, the entries of its state and the places of its index.
+struct Bounds {
+  Bounds(int64_t numel, int64_t entries, const Optional& index)
+      : numel(numel),
+        entries(entries),
+        places(index.has_value() ? index->numel() : 0),
+        index(index.has_value() ? index->const_data_ptr() : nullptr),
+        encoding(encoding_of(index)) {}
+
+  int64_t numel, entries, places;
+  const void* index;
+  Encoding encoding;
+};
+
 // The elements that a row of the last tile names: only those can lie beyond the parameter.
 inline bool is_inside(const Row& row, const uint8_t* bits, int64_t numel) {
   for (int64_t i = numel - row.base; i < kBlock; ++i) {
@@ -42,24 +56,27 @@ inline bool is_inside(const Row& row, const uint16_t* offsets, int64_t numel) {
   return row.base + most < numel;
 }
 
-// Every row must stay inside the parameter, the state and the index, and what the index says inside the parameter.
-inline void check_rows(const Row* rows, int64_t count, int64_t numel, int64_t entries, const Optional& index) {
-  const Encoding encoding = encoding_of(index);
-  const void* const begin = index.has_value() ? index->const_data_ptr() : nullptr;
+inline bool is_inside(const Row& row, const Bounds& bounds) {
+  const bool bits = bounds.encoding == Encoding::kBits, offsets = bounds.encoding == Encoding::kOffsets;
+  const int64_t read = bits ? kBlock / 8 : offsets ? row.count : 0, span = bits || offsets ? 1 : row.count;
+  const bool inside = row.count >= 0 && row.count <= kBlock && row.first >= 0 &&
+                      row.first <= bounds.entries - row.count && row.base >= 0 && row.base <= bounds.numel - span &&
+                      row.at >= 0 && (read == 0 || row.at <= bounds.places - read);
+  if (inside && bits) return is_inside(row, static_cast<const uint8_t*>(bounds.index) + row.at, bounds.numel);
+  if (inside && offsets) return is_inside(row, static_cast<const uint16_t*>(bounds.index) + row.at, bounds.numel);
+  return inside;
+}
+
+// The first row that is not inside; -1 if all are.
+inline int64_t find_stray(const Row* rows, int64_t count, const Bounds& bounds) {
   for (int64_t r = 0; r < count; ++r) {
-    const Row& row = rows[r];
-    const int64_t read = encoding == Encoding::kBits ? kBlock / 8 : encoding == Encoding::kOffsets ? row.count : 0;
-    const int64_t span = encoding == Encoding::kRuns ? row.count : 1;
-    bool inside = row.count >= 0 && row.count <= kBlock && row.first >= 0 && row.first <= entries - row.count &&
-                  row.base >= 0 && row.base <= numel - span && row.at >= 0 &&
-                  (read == 0 || row.at <= index->numel() - read);
-    if (inside && encoding == Encoding::kBits) {
-      inside = is_inside(row, static_cast<const uint8_t*>(begin) + row.at, numel);
-    } else if (inside && encoding == Encoding::kOffsets) {
-      inside = is_inside(row, static_cast<const uint16_t*>(begin) + row.at, numel);
-    }
-    STD_TORCH_CHECK(inside, "row ", r, " of work leaves the parameter, its state or its index");
+    if (!is_inside(rows[r], bounds)) return r;
   }
+  return -1;
+}
+
+inline void check_stray(int64_t stray) {
+  STD_TORCH_CHECK(stray < 0, "row ", stray, " of work leaves the parameter, its state or its index");
 }
 
 }  // namespace talos

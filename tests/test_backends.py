@@ -40,8 +40,9 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         ours[2:5] = [list(moments) for moments in ours[2:5]]
         theirs = [[t if t is None else t.clone() for t in column] for column in ours]
         scalars = dict(decay=0.999, beta1=0.9, beta2=0.99, step_size=1e-2, correction=0.3, eps=1e-8, grad_scale=2.0)
-        torch.ops.talos_fast.masked_adam_(*ours, **scalars, maximize=True)
-        masked_adam_reference(*theirs, **scalars, maximize=True)
+        scalars |= dict(steps=[torch.zeros(())], step=1.0, maximize=True)
+        torch.ops.talos_fast.masked_adam_(*ours, **scalars)
+        masked_adam_reference(*theirs, **scalars)
         for (got,), (want,) in zip(ours[:5], theirs[:5]):
             eps = torch.finfo(got.dtype).eps
             torch.testing.assert_close(got, want, rtol=8 * eps, atol=eps)

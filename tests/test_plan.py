@@ -71,7 +71,8 @@ def run(step, *problems, **scalars):
     columns = [list(column) for column in zip(*problems, strict=True)]
     for n in (4, 5):  # AMSGrad's maxima and masters: of all tensors or none
         columns[n] = [t for t in columns[n] if t is not None]
-    step(*columns, **SCALARS | dict(grad_scale=1.0, maximize=False) | scalars)
+    steps = dict(steps=[torch.tensor(6.0) for _ in problems], step=7.0)
+    step(*columns, **SCALARS | steps | dict(grad_scale=1.0, maximize=False) | scalars)
 
 
 OPERATOR = torch.ops.talos_fast.masked_adam_
@@ -161,6 +162,13 @@ def test_opcheck(density):
     run(check, arguments)
 
 
+@pytest.mark.parametrize("step", [OPERATOR, masked_adam_reference], ids=["operator", "reference"])
+def test_counters_of_any_dtype_become_the_number_of_the_step(step):
+    counters = [torch.tensor(6, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int64)]
+    run(step, *(problem(random_mask(50, 0.4), torch.float32) for _ in counters), steps=counters)
+    assert [(c.item(), c.dtype) for c in counters] == [(7, torch.float32), (7, torch.float64), (7, torch.int64)]
+
+
 BAD_GRADS = {
     "grad must have the dtype of param": lambda a: a[1].double(),
     "grad has 2999 entries: neither the 3000 of param nor the": lambda a: a[1][1:],
@@ -210,6 +218,15 @@ def test_the_operator_refuses_stray_offsets():
 
 
 @pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
+def test_the_operator_refuses_a_stray_row_among_many_tensors():
+    whole, stray = (problem(random_mask(300_000, 0.4), torch.float32) for _ in range(2))
+    stray[6] = stray[6].clone()
+    stray[6][200, 2] = -1
+    with pytest.raises(RuntimeError, match="row 200 of work leaves the parameter"):
+        run(OPERATOR, whole, stray, whole)
+
+
+@pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_bits_without_entries_move_nothing_beyond_the_moments(dtype):
     whole = problem(random_mask(3000, 0.4), dtype)
@@ -235,7 +252,7 @@ def test_the_operator_refuses_lists_that_do_not_fit():
         spoiled = [[t for t in column if t is not None] if place in (4, 5) else column
                    for place, column in enumerate(spoiled)]  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
-            OPERATOR(*spoiled, **SCALARS, grad_scale=1.0, maximize=False)
+            OPERATOR(*spoiled, steps=[torch.tensor(0.0)], step=1.0, **SCALARS, grad_scale=1.0, maximize=False)
 
 
 def test_channels_last_weights_step_as_they_lie():

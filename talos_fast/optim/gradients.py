@@ -24,10 +24,11 @@ class MaskedGradients(AdamW):
 
     def _gradient(self, p: Tensor) -> Tensor | None:
         """What a step reads: ``p.grad``, or of a compacted parameter the selected entries, (k,) in memory order."""
-        if not isinstance(p.grad, CompactGradient):
-            return p.grad
-        p.grad.require(self._selections[p])
-        return p.grad.values
+        gradient = p.grad
+        if not isinstance(gradient, CompactGradient):
+            return gradient
+        gradient.require(self._selections[p])
+        return gradient.values
 
     def clip_grad_norm_(self, max_norm: float, entries: Entries = "all", error_if_nonfinite: bool = False) -> Tensor:
         """Has the next `step` divide its gradients so that their 2-norm is at most ``max_norm``; rewrites none.

@@ -164,37 +164,37 @@ class MaskedAdam(MaskedGradients):
         return loss
 
     def _step_group(self, group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None) -> None:
-        parameters = group["params"]
-        gradients = [self._gradient(p) for p in parameters]
+        gradients = [self._gradient(p) for p in group["params"]]
         launches = self._launches.get(group, gradients)
+        pairs = self._pairs(group, gradients, range(len(gradients)) if launches is None else launches.others)
         if launches is None:
-            self._start(group, gradients)
             launches = self._launches.build(group, gradients, self._selections, self.state)
-        others: Sequence[int] = range(len(parameters))
+            if launches is not None:
+                pairs = self._pairs(group, gradients, launches.others)
         if launches is not None:
             launches.run(gradients, scale, found_inf)
-            others = launches.others
-        members, left = [], []
-        for p, gradient in ((parameters[place], gradients[place]) for place in others):
-            if gradient is not None and not self._is_empty(p):
-                members.append(Member(p, self._selections.get(p), self.state[p]))
-                left.append(gradient)
-        if left:
-            step_others(members, left, group, scale, found_inf)
+        if pairs:
+            step_others(pairs, group, scale, found_inf)
 
-    def _start(self, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> None:
-        """Makes the state of parameters that have their first gradient."""
-        for p, gradient in zip(group["params"], gradients, strict=True):
-            if gradient is None or self._is_empty(p):
+    def _pairs(
+        self, group: dict[str, Any], gradients: Sequence[Tensor | None], places: Iterable[int]
+    ) -> list[tuple[Member, Tensor]]:
+        """Those at ``places`` in the group that step, with their gradients; the first gives a parameter its state."""
+        pairs = []
+        for place in places:
+            p, gradient = group["params"][place], gradients[place]
+            if gradient is None:
+                continue
+            selection = self._selections.get(p)
+            if selection is not None and selection.count == 0:
                 continue
             if gradient.is_sparse:
                 raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-            if not self.state[p]:
-                self.state[p] = start(p, self._selections.get(p), group)
-
-    def _is_empty(self, p: Tensor) -> bool:
-        selection = self._selections.get(p)
-        return selection is not None and selection.count == 0
+            state = self.state[p]
+            if not state:
+                state = self.state[p] = start(p, selection, group)
+            pairs.append((Member(p, selection, state), gradient))
+        return pairs
 
     def _scale(self) -> Tensor | None:
         """What gradients are divided by: GradScaler's scale (it is set with ``fused=True``) times that of clipping."""

@@ -13,15 +13,16 @@ from talos_fast.optim.plan import BLOCK
 
 _SCHEMA = (
     "masked_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] work, Tensor?[] index, *, float decay, float beta1, "
-    "float beta2, float step_size, float correction, float eps, float grad_scale, bool maximize) -> ()"
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] work, Tensor?[] index, *, "
+    "Tensor(f!)[] steps, float step, float decay, float beta1, float beta2, float step_size, float correction, "
+    "float eps, float grad_scale, bool maximize) -> ()"
 )
 
 
 def masked_adam_reference(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor], masters: Sequence[Tensor], work: Sequence[Tensor],
-    index: Sequence[Tensor | None], **scalars: Any,
+    index: Sequence[Tensor | None], *, steps: Sequence[Tensor], step: float, **scalars: Any,
 ) -> None:  # fmt: skip
     """AdamW on the selected entries of tensors, in place; every other entry stays unread and unwritten.
 
@@ -35,6 +36,7 @@ def masked_adam_reference(
         max_exp_avg_sqs: the same, and the step is AMSGrad's; or empty.
         masters: the same; they count where, rounded, they equal the parameter. Or empty.
         work, index: those of `talos_fast.optim.plan.Selection`.
+        steps, step: 0-d, on the CPU; and what they become, the number of this step.
         scalars: ``decay`` = 1 - lr · weight_decay; AdamW's ``beta1``, ``beta2``, ``eps``; ``step_size`` =
             lr / (1 - beta1^t); ``correction`` = √(1 - beta2^t); ``grad_scale``, what the gradients are divided by; and
             ``maximize``, whether they are negated.
@@ -47,6 +49,8 @@ def masked_adam_reference(
     wides: Sequence[Tensor | None] = masters or [None] * len(params)
     for arguments in zip(params, grads, exp_avgs, exp_avg_sqs, tops, wides, work, index, strict=True):
         _update(*arguments, **scalars)
+    for counter in steps:
+        counter.fill_(step)
 
 
 def _update(

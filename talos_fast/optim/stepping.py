@@ -23,26 +23,25 @@ Group = Mapping[str, Any]
 
 
 def step_others(
-    members: Sequence[Member], gradients: Sequence[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None
+    pairs: Sequence[tuple[Member, Tensor]], group: Group, scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """One step of the members, of one group.
+    """One step of parameters of one group.
 
     Args:
-        members: the parameters, each with its state.
-        gradients: theirs, of the parameter's shape or compact, (k,).
+        pairs: each parameter with its state, and its gradient, of the parameter's shape or compact, (k,).
         group: the hyperparameters.
         scale: 0-d, what the gradients are divided by.
         found_inf: 0-d; if it is not 0, nothing changes.
     """
-    pairs = list(zip(members, gradients, strict=True))
     compiled: dict[Any, list[tuple[Member, Tensor]]] = defaultdict(list)
     others = []
     compiles = ops.backend("cpu") == "cpp" and not (group["fused"] is False or group["foreach"] or group["capturable"])
-    for member, gradient in pairs:
+    for pair in pairs:
+        member, gradient = pair
         if compiles and _fits(member, gradient):
-            compiled[member.state["step"].item(), member.parameter.dtype].append((member, gradient))
+            compiled[member.state["step"].item(), member.parameter.dtype].append(pair)
         else:
-            others.append((member, gradient))
+            others.append(pair)
     if compiled and not (found_inf is not None and bool(found_inf)):
         divisor = 1.0 if scale is None else float(scale)
         for (step, _), alike in compiled.items():
@@ -56,9 +55,9 @@ def _fits(member: Member, gradient: Tensor) -> bool:
     p, selection, _ = member
     return (
         selection is not None
-        and p.device.type == "cpu"
+        and p.is_cpu
         and p.dtype in _COMPILED_DTYPES
-        and (gradient.dtype == p.dtype or (gradient.shape != p.shape and gradient.dtype == state_dtype(p)))
+        and (gradient.dtype is p.dtype or (gradient.shape != p.shape and gradient.dtype is state_dtype(p)))
         and (p.is_contiguous() or p.permute(selection.order).is_contiguous())
     )
 
@@ -68,7 +67,6 @@ def _step_compiled(pairs: Sequence[tuple[Member, Tensor]], step: float, group: G
     ordered = [_in_memory_order(member, gradient) for member, gradient in pairs]
     states = [member.state for member, _ in pairs]
     selections = [member.selection for member, _ in pairs if member.selection is not None]
-    torch._foreach_add_([s["step"] for s in states], 1)
     beta1, beta2 = map(float, group["betas"])
     torch.ops.talos_fast.masked_adam_(
         [p for p, _ in ordered], [gradient for _, gradient in ordered],
@@ -76,7 +74,8 @@ def _step_compiled(pairs: Sequence[tuple[Member, Tensor]], step: float, group: G
         [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
         [s["master"] for s in states if "master" in s],
         [selection.work for selection in selections], [selection.index for selection in selections],
-        beta1=beta1, beta2=beta2, eps=group["eps"], grad_scale=divisor, maximize=group["maximize"],
+        steps=[s["step"] for s in states], step=step, beta1=beta1, beta2=beta2, eps=group["eps"],
+        grad_scale=divisor, maximize=group["maximize"],
         **corrections(step, group["lr"], beta1, beta2, group["weight_decay"]),
     )  # fmt: skip
 
