@@ -15,6 +15,7 @@ import pytest
 import torch
 from choice import Choice, choice
 from contenders import VARIANTS, contender, peak_above_model, peak_in_own_process
+from measure import keep_freed_memory
 from records import merge_rows, revision
 from rivals import PaperIteration
 from show import text
@@ -23,6 +24,7 @@ from workloads import SPECS, Workload, build, bytes_free, bytes_needed
 from talos_fast.environment import environment
 from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import interleave
+from talos_fast.profiling.memory import Memory
 from talos_fast.profiling.work import count_work, entries_that_train, step_bytes
 from talos_fast.storage import write_json
 
@@ -79,6 +81,7 @@ class Table:
             others.sort(key=lambda one: self._needs_all(*one))
             if self._chosen.device.type == "cpu":
                 self._read_peaks(order + others)  # before this process holds a model too
+                keep_freed_memory()
             workload = self._built()
         except ImportError as error:
             missing = f"{error.name} is not installed"
@@ -130,7 +133,7 @@ class Table:
             return {"missing": self._break(method, variant, error)}
         finally:
             workload.model.zero_grad(set_to_none=True)
-            gc.collect()
+            Memory(self._chosen.device).held()  # gives back what is free
             if self._chosen.device.type == "cuda":
                 torch.cuda.empty_cache()
 
