@@ -1,16 +1,12 @@
-"""Timing of contenders in one process, and the machine they ran on."""
+"""Timing of contenders in one process."""
 
 import ctypes
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-
-import talos_fast
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,19 +43,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(mmap_threshold, 2**25)  # the most that it takes
         mallopt(trim_threshold, -1)
-
-
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a result must say about where and when it was measured."""
-    processor = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {
-        "device": device, "processor": processor, "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
-        "talos_fast": talos_fast.__version__, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

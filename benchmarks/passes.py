@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from backward import allocator_peak
 from contenders import contender
-from measure import interleaved, machine
+from measure import interleaved
 from records import revision
 from rivals import through_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import Workload, build
 
+from talos_fast.environment import environment
 from talos_fast.step import Step
 from talos_fast.storage import write_json
 
@@ -79,7 +80,7 @@ def write(what: str, workload: Workload, request: pytest.FixtureRequest, rows: d
     """Prints the rows and writes them, with the machine."""
     for name, row in rows.items():
         print(f"  {name:28s}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
-    content = machine() | {
+    content = environment(torch.device("cpu")) | {
         "benchmark": what, "revision": revision(), "threads": torch.get_num_threads(), **workload.about,
         "date": time.strftime("%Y-%m-%d"), "rounds": request.config.getoption("--rounds"), "rows": rows,
     }  # fmt: skip

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import RESULTS, interleaved, machine
+from measure import RESULTS, interleaved
 from torch import Tensor
 
 from talos_fast import ops
+from talos_fast.environment import environment
 from talos_fast.sensitivity import kth_smallest, select_extreme
 from talos_fast.storage import write_json
 
@@ -66,7 +67,7 @@ def test_accumulate(device: str, threads: int, request: pytest.FixtureRequest) -
     finally:
         torch.set_num_threads(before)
     content = {"benchmark": "accumulate_squared_per_sample_", "samples": SAMPLES, "threads": threads, "rows": tables}
-    write_json(RESULTS / f"squares_{device}_{threads}threads.json", content | machine(device))
+    write_json(RESULTS / f"squares_{device}_{threads}threads.json", content | environment(torch.device(device)))
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -106,7 +107,7 @@ def test_threshold(request: pytest.FixtureRequest) -> None:
     finally:
         torch.set_num_threads(before)
     content = {"benchmark": "threshold", "scores": SCORES, "k": k, "threads": 1, "rows": rows}
-    write_json(RESULTS / "threshold_cpu_1threads.json", content | machine())
+    write_json(RESULTS / "threshold_cpu_1threads.json", content | environment(torch.device("cpu")))
 
 
 def a_billion(scores: Tensor) -> dict[str, float]:

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from measure import machine
 from occupancy import occupancy
 from shapes import MASKS, MODELS, Masks
 from steppers import RIVALS, Stepper, clipping, eight, stepping
 
-from talos_fast import ops
+from talos_fast.environment import environment
 from talos_fast.optim.plan import select
 from talos_fast.profiling.memory import Memory
 from talos_fast.storage import write_json
@@ -184,10 +183,9 @@ def report(model: str, bench: Bench, masks: dict[str, dict[str, float]], folder:
     """Prints the table and writes it to the folder, with the machine."""
     content = {
         "benchmark": "step", "model": model, "parameters": bench.numel, "tensors": len(bench.shapes),
-        "rows": bench.rows, "masks": masks, "rounds": bench.rounds, "threads": torch.get_num_threads(),
-        "backend": ops.backend(bench.device), **machine(bench.device),
+        "rows": bench.rows, "masks": masks, "rounds": bench.rounds, **environment(torch.device(bench.device)),
     }  # fmt: skip
-    print(f"\n{model}: {bench.numel:,} parameters in {len(bench.shapes)} tensors, {content['processor']}, "
+    print(f"\n{model}: {bench.numel:,} parameters in {len(bench.shapes)} tensors, {content['device_name']}, "
           f"{content['threads']} threads")  # fmt: skip
     for name, row in bench.rows.items():
         if "missing" in row:

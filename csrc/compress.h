@@ -10,8 +10,10 @@
 
 namespace talos {
 
-constexpr int64_t kBlock = 1024;  // elements of a tile, and most entries of a block
-constexpr int64_t kSlack = 16;    // elements beyond the last that a vector may overwrite in a buffer
+constexpr int64_t kBlock = 1024;   // elements of a tile, and most entries of a block
+constexpr int64_t kSlack = 16;     // elements beyond the last that a vector may overwrite in a buffer
+constexpr int64_t kPending = 256;  // elements of a part that waits for the next one
+inline constexpr uint8_t kNothing[kPending / 8] = {};  // bits that select nothing
 
 // For every byte, the places of its set bits, one after another in bytes, and how many there are.
 struct ByteTable {
@@ -41,17 +43,6 @@ TALOS_SHARED int64_t decode_bits(const uint8_t* bits, int64_t span, uint16_t* of
     offsets += kBytes.count[byte];
   }
   return offsets - start;
-}
-
-// How many of the `span` bits, a multiple of 64, are set.
-TALOS_SHARED int64_t count_bits(const uint8_t* bits, int64_t span) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < span; i += 64) {
-    uint64_t word;
-    std::memcpy(&word, bits + i / 8, sizeof(word));
-    count += __builtin_popcountll(word);
-  }
-  return count;
 }
 
 #if defined(__x86_64__)
@@ -138,21 +129,39 @@ TALOS_AVX512 inline void expand(Avx512, const T* from, const uint8_t* bits, int6
   }
 }
 
-// to = decay to + step, with a step for every bit that is set.
+// A part of a tile whose steps are known, side by side, and not yet taken.
 template <typename T>
-TALOS_AVX512 inline void expand_steps(const T* steps, const uint8_t* bits, int64_t span, T decay, T* to) {
+struct Pending {
+  T* param;
+  const uint8_t* bits;
+  T steps[kPending + kSlack];
+};
+
+// Packs the selected of a part, if PACK, while the part before takes its steps, p = decay p + step; returns how many
+// are selected.
+template <bool PACK, typename T>
+TALOS_AVX512 inline int64_t pack_and_move(const T* from, const uint8_t* bits, T* to, const Pending<T>& last, T decay) {
   using L = Lanes<sizeof(T)>;
   using Vector = typename VectorOf<T, 64>::type;
   constexpr int64_t kWidth = 8 * sizeof(typename L::Mask);
-  for (int64_t i = 0; i < span; i += kWidth) {
-    typename L::Mask k;
+  // Copies: a store to an element could, for all the compiler knows, change what `last` holds.
+  T* const param = last.param;
+  const uint8_t* const moves = last.bits;
+  const T* step = last.steps;
+  int64_t found = 0;
+  for (int64_t i = 0; i < kPending; i += kWidth) {
+    typename L::Mask k, moved;
     std::memcpy(&k, bits + i / 8, sizeof(k));
-    Vector p = reinterpret_cast<Vector>(L::load(to + i, k)) * decay;
+    std::memcpy(&moved, moves + i / 8, sizeof(moved));
+    if constexpr (PACK) L::store(to + found, -1, L::compress(k, L::load(from + i, k)));
+    Vector p = reinterpret_cast<Vector>(L::load(param + i, moved)) * decay;
     settle(p);
-    p += reinterpret_cast<Vector>(L::expand(k, L::load(steps, -1)));
-    L::store(to + i, k, reinterpret_cast<__m512i>(p));
-    steps += __builtin_popcount(k);
+    p += reinterpret_cast<Vector>(L::expand(moved, L::load(step, -1)));
+    L::store(param + i, moved, reinterpret_cast<__m512i>(p));
+    found += __builtin_popcount(k);
+    step += __builtin_popcount(moved);
   }
+  return found;
 }
 #endif
 

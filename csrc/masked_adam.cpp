@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -12,14 +13,18 @@ namespace talos {
 
 using Tensors = std::vector<Tensor>;
 
-// Rows that a thread takes at a time: some 15 to 50 microseconds of work, and memory in long streams.
-constexpr int64_t kGrain = 64;
+// Rows that a thread takes at a time. Rows differ in work, so every thread gets several chunks; but each begins new
+// streams, whose first pages and lines nothing has foreseen.
+constexpr int64_t kLeastRows = 64, kMostRows = 512, kChunksPerThread = 8;
 
-// One tensor: where it lies, what its rows may name, and the rows.
+inline int64_t grain_of(int64_t rows) {
+  const int64_t share = rows / (kChunksPerThread * torch::stable::get_num_threads());
+  return std::min(std::max(share, kLeastRows), kMostRows);
+}
+
 template <typename T, typename A>
 struct Task {
   AdamTensor<T, A> tensor;
-  Bounds bounds;
   const Row* rows;
   int64_t count;
 };
@@ -45,21 +50,22 @@ auto choose_update() {
 template <typename T, typename A>
 void run(const std::vector<Task<T, A>>& tasks, const AdamScalars<A>& scalars) {
   static const auto update = choose_update<T, A>();
-  std::vector<Chunk> chunks;
   int64_t rows = 0;
+  for (const Task<T, A>& task : tasks) rows += task.count;
+  const int64_t grain = grain_of(rows);
+  std::vector<Chunk> chunks;
   for (size_t t = 0; t < tasks.size(); ++t) {
-    rows += tasks[t].count;
-    for (int64_t begin = 0; begin < tasks[t].count; begin += kGrain) {
-      chunks.push_back({t, begin, tile_extent(begin, tasks[t].count, kGrain)});
+    for (int64_t begin = 0; begin < tasks[t].count; begin += grain) {
+      chunks.push_back({t, begin, tile_extent(begin, tasks[t].count, grain)});
     }
   }
   std::atomic<size_t> next{0};
   std::atomic<int64_t> stray{-1};
-  torch::stable::parallel_for(0, tile_count(rows, kGrain), 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, tile_count(rows, grain), 1, [&](int64_t, int64_t) {
     for (size_t c = next++; c < chunks.size(); c = next++) {
       const Chunk& chunk = chunks[c];
       const Task<T, A>& task = tasks[chunk.task];
-      const int64_t found = find_stray(task.rows + chunk.begin, chunk.count, task.bounds);
+      const int64_t found = find_stray(task.rows + chunk.begin, chunk.count, task.tensor.bounds);
       if (found >= 0) {
         stray = chunk.begin + found;
         next = chunks.size();
@@ -78,13 +84,11 @@ Task<T, A> checked(const Tensor& param, const Tensor& grad, const Tensor& exp_av
   const bool compact = check_grad(grad, param, exp_avg);
   const bool wide = grad.scalar_type() != param.scalar_type();
   const void* const g = grad.const_data_ptr();
-  const Bounds bounds(param.numel(), exp_avg.numel(), index);
   return {{static_cast<T*>(param.mutable_data_ptr()), compact ? nullptr : static_cast<const T*>(g),
            compact && !wide ? static_cast<const T*>(g) : nullptr, compact && wide ? static_cast<const A*>(g) : nullptr,
            exp_avg.mutable_data_ptr<A>(), exp_avg_sq.mutable_data_ptr<A>(),
            max_exp_avg_sq != nullptr ? max_exp_avg_sq->mutable_data_ptr<A>() : nullptr,
-           master != nullptr ? master->mutable_data_ptr<A>() : nullptr, bounds.index, bounds.encoding, bounds.numel},
-          bounds,
+           master != nullptr ? master->mutable_data_ptr<A>() : nullptr, Bounds(param.numel(), exp_avg.numel(), index)},
           reinterpret_cast<const Row*>(work.const_data_ptr<int64_t>()),
           work.size(0)};
 }
