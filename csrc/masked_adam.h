@@ -8,10 +8,6 @@
 
 namespace talos {
 
-// Elements of a tile that are packed at a time: half of it would leave more vectors half full (18 % slower at a density
-// of 0.1), the whole of it does not stay in the L1 cache.
-constexpr int64_t kPart = 512;
-
 // Entries at `offsets` from `base`.
 template <typename Isa, typename T, typename A>
 TALOS_SHARED void update_scattered(const AdamTensor<T, A>& tensor, int64_t base, const uint16_t* offsets, int64_t first,
@@ -81,11 +77,11 @@ TALOS_SHARED void update_tile(const AdamTensor<T, A>& tensor, const Row& row, co
 template <bool DENSE, typename T>
 TALOS_AVX512 inline void update_tiles_in_place(const AdamTensor<T, T>& tensor, const Row* rows, int64_t count,
                                                const AdamScalars<T> s) {
-  T g[kPending + kSlack];
+  T g[kPart + kSlack];
   Pending<T> last{tensor.param, kNothing, {}};
   for (int64_t r = 0; r < count; ++r) {
     int64_t first = rows[r].first;
-    for (int64_t begin = 0; begin < kBlock; begin += kPending) {
+    for (int64_t begin = 0; begin < kBlock; begin += kPart) {
       const uint8_t* const bits = static_cast<const uint8_t*>(tensor.bounds.index) + rows[r].at + begin / 8;
       const int64_t element = rows[r].base + begin;
       const int64_t found = pack_and_move<DENSE>(DENSE ? tensor.grad + element : nullptr, bits, g, last, s.decay);
