@@ -32,26 +32,15 @@ VARIANTS = {
 }
 
 TL = triton.language
-# As imported, before any test runs: the interpreter patches it for the whole process, and has once left it so.
-LANGUAGE = {
-    part: dict(vars(part)) for part in (TL, TL.core, TL.math, TL.tensor, TL.dtype, TL.core.tensor_descriptor_base)
-}
-
-
-def restore_language() -> None:
-    for part, members in LANGUAGE.items():
-        for name, member in members.items():
-            if vars(part).get(name) is not member and name not in ("__dict__", "__weakref__"):
-                setattr(part, name, member)
-        if isinstance(part, type):
-            for name in vars(part).keys() - members.keys():
-                delattr(part, name)
+# As imported, before any test runs: for a kernel that calls tl.cumsum, as the one that compacts gradients, Triton's
+# interpreter patches this module too, and leaves it so.
+CORE = dict(vars(TL.core))
 
 
 @pytest.fixture(scope="module")
 def kernels():
     """A second copy of the module, compiled where the package's own is interpreted."""
-    restore_language()
+    vars(TL.core).update(CORE)
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     spec = importlib.util.spec_from_file_location("compiled_masked_adam", ROOT / "kernels" / "masked_adam.py")
