@@ -11,8 +11,8 @@
 namespace talos {
 
 constexpr int64_t kBlock = 1024;  // elements of a tile, and most entries of a block
-// Elements of a tile that are packed at a time: half of it would leave more vectors half full (18 % slower at a density
-// of 0.1), the whole of it does not stay in the L1 cache.
+// Elements of a tile that are packed at a time. Half of it leaves more vectors half full: at a density of 0.1 bf16
+// takes 9 to 26 % longer, fp32 some 7 %. The whole of it costs fp32 14 to 29 %, and gains bf16 up to 13 %.
 constexpr int64_t kPart = 512;
 constexpr int64_t kSlack = 16;                      // elements beyond the last that a vector may overwrite in a buffer
 inline constexpr uint8_t kNothing[kPart / 8] = {};  // bits that select nothing
