@@ -28,12 +28,13 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 summary=()
 failed=0
 
-# run NAME COMMAND...: under the limit, into $out/NAME.txt, and into the summary.
+# run NAME COMMAND...: under the limit, into $out/NAME.txt, and into the summary. At the limit it is interrupted as by
+# Ctrl-C, so that pytest still says what had failed by then; a shell's background jobs would not hear that by default.
 run() {
   local name=$1 start=$SECONDS status
   shift
   echo "== $name: $*" | tee "$out/$name.txt"
-  timeout --kill-after=20 "$limit" "$@" 2>&1 | tee -a "$out/$name.txt"
+  timeout --signal=INT --kill-after=20 "$limit" env --default-signal=INT "$@" 2>&1 | tee -a "$out/$name.txt"
   status=${PIPESTATUS[0]}
   case $status in
     0) summary+=("$name: passed, $((SECONDS - start)) s") ;;

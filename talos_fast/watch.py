@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from talos_fast.optim import launch
+
 Judge = Callable[[list[float]], None]
 """Given the facts of a note, raises if something was wrong."""
 
@@ -56,7 +58,7 @@ class Watch:
         """
         torch.maximum(self.tripped, bad.to(self.tripped.dtype), out=self.tripped)
         arrived = None
-        if facts.is_cuda and torch.cuda.is_current_stream_capturing():
+        if launch.is_capturing():
             return
         if facts.is_cuda:
             pinned = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)

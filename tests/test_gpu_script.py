@@ -14,7 +14,7 @@ case "$*" in
   *ops.backend*) test -e "{folder}/built" ;;
   *"pip install"*) echo "installs $*"; {install} ;;
   *step.py*) echo boom; exit 3 ;;
-  *calibration.py*) sleep 60 ;;
+  *calibration.py*) trap "echo interrupted; exit 1" INT; sleep 60 ;;
   *pytest*) echo "ran $*" ;;
 esac
 """
@@ -60,6 +60,7 @@ def test_every_part_runs_whatever_became_of_the_others(run, tmp_path):
     assert results.pop("step") == "FAILED with exit code 3; see step.txt"
     assert results.pop("calibration") == "STOPPED after 3 s; see calibration.txt"
     assert set(results.values()) == {"passed"}
+    assert "interrupted" in (tmp_path / "out" / "calibration.txt").read_text()
     log = (tmp_path / "out" / "table-T5-Large.txt").read_text()
     assert "--benchmark --preset gpu" in log and "--methods talos" in log and "--models T5-Large" in log
 

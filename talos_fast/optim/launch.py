@@ -75,7 +75,8 @@ class Launch:
         self._known: list[int] = []
         self._numels = [m.parameter.numel() for m in members]
         self._plain = all(m.order == tuple(range(m.parameter.dim())) for m in members)
-        self._spare = self._pinned_row()
+        self._pins = self.device.type == "cuda"
+        self._spare: Tensor | None = self._pinned_row()
         self.captured: list[Tensor] = []
 
     def run(
@@ -112,13 +113,12 @@ class Launch:
             for g, numel in zip(gradients, self._numels, strict=True)
             for number in ((0, 0) if g is None else (g.data_ptr(), g.numel() != numel))
         ]
-        on_cuda = self.device.type == "cuda"
-        if on_cuda and is_capturing():
+        if is_capturing():
             return self._capture(content)
         if content != self._known:
             # Each copy has a row of its own: the allocator hands it out again only when the copy is done.
-            row = _as_tensor(content)
-            self._gradients.view(-1).copy_(row.pin_memory() if on_cuda else row, non_blocking=True)
+            row = torch.frombuffer(array("q", content), dtype=torch.int64)
+            self._gradients.view(-1).copy_(row.pin_memory() if self._pins else row, non_blocking=True)
             self._known = content
         if self._spare is None:
             self._spare = self._pinned_row()
@@ -128,18 +128,17 @@ class Launch:
         """A table of the graph's own, which each replay fills from a pinned row that nobody writes again."""
         if self._spare is None:
             raise TalosError("MaskedAdam: take an eager step before each capture; it prepares what the graph will read")
-        row, self._spare = self._spare.copy_(_as_tensor(content)), None
+        row, self._spare = self._spare, None
+        row.numpy()[:] = content
         self.captured.append(row)
         return torch.empty_like(self._gradients).copy_(row.view(-1, 2), non_blocking=True)
 
-    def _pinned_row(self) -> Tensor | None:
-        if self.device.type != "cuda":
-            return None
-        return torch.zeros(2 * len(self.members), dtype=torch.int64, pin_memory=True)
+    def _pinned_row(self) -> Tensor:
+        return torch.zeros(2 * len(self.members), dtype=torch.int64, pin_memory=self._pins)
 
     def _advance(self, gradients: Tensor, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]
-        lr_tensor, betas_tensor = _is_on_device(lr), _is_on_device(beta1)
+        lr_tensor, betas_tensor = (isinstance(v, Tensor) and v.device.type == self.device.type for v in (lr, beta1))
         unread = self._scalars
         _kernels().advance[(-(-len(self.members) // _TENSORS),)](
             self._table, gradients, self._scalars, unread if found_inf is None else found_inf,
@@ -164,11 +163,3 @@ class Launch:
             SCALED=scale is not None, MAY_SKIP=found_inf is not None, BLOCK=BLOCK,
             num_warps=_kernels().WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def _as_tensor(numbers: list[int]) -> Tensor:
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
-
-
-def _is_on_device(value: float | Tensor) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
