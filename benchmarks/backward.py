@@ -25,7 +25,6 @@ import talos_fast
 from talos_fast import MaskedAdam, ops
 from talos_fast.storage import write_json
 
-RESULTS = Path(__file__).parent / "results"
 # On selected rows, with compacted gradients; "all parameters" trains densely whatever the mask says.
 CONTENDERS = {
     "all parameters": None,
@@ -120,8 +119,8 @@ def skip_unless_asked_for(model: str, request: pytest.FixtureRequest) -> None:
         pytest.skip(f"not among --models {request.config.getoption('--models')}")
 
 
-def write(what: str, model: str, rows: dict[str, dict[str, float]]) -> None:
-    """Prints the rows and writes them to results/, with the machine."""
+def write(request: pytest.FixtureRequest, what: str, model: str, rows: dict[str, dict[str, float]]) -> None:
+    """Prints the rows and writes them, with the machine."""
     print(f"\n{what}, {model}, batch {BATCH}, {torch.get_num_threads()} threads")
     for name, row in rows.items():
         print(f"  {name:26s}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
@@ -131,8 +130,7 @@ def write(what: str, model: str, rows: dict[str, dict[str, float]]) -> None:
         "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
         "talos_fast": talos_fast.__version__, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    if model != "smoke":
-        write_json(RESULTS / f"{what}_{model}_cpu.json", content)
+    write_json(request.config.getoption("--results") / f"{what}_{model}_cpu.json", content)
 
 
 @pytest.mark.parametrize("model", SIZES)
@@ -148,7 +146,7 @@ def test_time(model: str, request: pytest.FixtureRequest) -> None:
             "of_selected_tensors": statistics.median(ratios), "of_selected_tensors_min": min(ratios),
             "of_selected_tensors_max": max(ratios), "rounds": len(times),
         }  # fmt: skip
-    write("backward_time", model, rows)
+    write(request, "backward_time", model, rows)
 
 
 @pytest.mark.parametrize("model", SIZES)
@@ -158,7 +156,7 @@ def test_memory(model: str, request: pytest.FixtureRequest) -> None:
     for name in CONTENDERS:
         child = subprocess.run([sys.executable, __file__, model, name], capture_output=True, text=True, check=True)
         rows[name] = json.loads(child.stdout.splitlines()[-1])
-    write("backward_memory", model, rows)
+    write(request, "backward_memory", model, rows)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,10 @@ benchmark=("$python" -m pytest -q -s -p no:cacheprovider --benchmark --preset gp
 
 step() { run step "${benchmark[@]}" benchmarks/step.py; }
 
-calibration() { run calibration "${benchmark[@]}" benchmarks/calibration.py; }
+calibration() {
+  run kernels "${benchmark[@]}" benchmarks/sensitivity_kernels.py -k cuda
+  run calibration "${benchmark[@]}" benchmarks/calibration.py
+}
 
 table() {
   local model

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import RESULTS, interleaved
+from measure import interleaved
 from torch import Tensor
 
 from talos_fast import ops
@@ -67,7 +67,8 @@ def test_accumulate(device: str, threads: int, request: pytest.FixtureRequest) -
     finally:
         torch.set_num_threads(before)
     content = {"benchmark": "accumulate_squared_per_sample_", "samples": SAMPLES, "threads": threads, "rows": tables}
-    write_json(RESULTS / f"squares_{device}_{threads}threads.json", content | environment(torch.device(device)))
+    path = request.config.getoption("--results") / f"squares_{device}_{threads}threads.json"
+    write_json(path, content | environment(torch.device(device)))
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -107,7 +108,8 @@ def test_threshold(request: pytest.FixtureRequest) -> None:
     finally:
         torch.set_num_threads(before)
     content = {"benchmark": "threshold", "scores": SCORES, "k": k, "threads": 1, "rows": rows}
-    write_json(RESULTS / "threshold_cpu_1threads.json", content | environment(torch.device("cpu")))
+    path = request.config.getoption("--results") / "threshold_cpu_1threads.json"
+    write_json(path, content | environment(torch.device("cpu")))
 
 
 def a_billion(scores: Tensor) -> dict[str, float]:

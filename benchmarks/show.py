@@ -127,7 +127,7 @@ def _lines(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _wide(columns: Iterable[str]) -> str:
-    return "".join(f"{column:>15s}" for column in columns)
+    return "".join(f"{column:>17s}" for column in columns)
 
 
 def heading(content: dict[str, Any]) -> str:

@@ -160,7 +160,13 @@ def test_step(model: str, request: pytest.FixtureRequest) -> None:
     occupancies: dict[str, dict[str, float]] = {}
     for _ in range(SWEEPS):
         sweep(bench, occupancies)
-    report(model, bench, occupancies, option.results)
+        content = {
+            "benchmark": "step", "model": model, "parameters": bench.numel, "tensors": len(bench.shapes),
+            "rows": bench.rows, "masks": occupancies, "rounds": bench.rounds, **environment(torch.device(bench.device)),
+        }  # fmt: skip
+        # After each sweep: a run that is killed has lost the one it was in.
+        write_json(option.results / f"step_{model}_{bench.device}.json", content)
+    show(content)
 
 
 def sweep(bench: Bench, occupancies: dict[str, dict[str, float]]) -> None:
@@ -179,15 +185,11 @@ def sweep(bench: Bench, occupancies: dict[str, dict[str, float]]) -> None:
             bench.compare("dense masked AdamW", "step", f"dense masked AdamW, {name}")
 
 
-def report(model: str, bench: Bench, masks: dict[str, dict[str, float]], folder: Path) -> None:
-    """Prints the table and writes it to the folder, with the machine."""
-    content = {
-        "benchmark": "step", "model": model, "parameters": bench.numel, "tensors": len(bench.shapes),
-        "rows": bench.rows, "masks": masks, "rounds": bench.rounds, **environment(torch.device(bench.device)),
-    }  # fmt: skip
-    print(f"\n{model}: {bench.numel:,} parameters in {len(bench.shapes)} tensors, {content['device_name']}, "
-          f"{content['threads']} threads")  # fmt: skip
-    for name, row in bench.rows.items():
+def show(content: dict[str, Any]) -> None:
+    """Prints the table."""
+    print(f"\n{content['model']}: {content['parameters']:,} parameters in {content['tensors']} tensors, "
+          f"{content['device_name']}, {content['threads']} threads")  # fmt: skip
+    for name, row in content["rows"].items():
         if "missing" in row:
             print(f"  {name:48s} not measured: {row['missing']}")
             continue
@@ -196,9 +198,7 @@ def report(model: str, bench: Bench, masks: dict[str, dict[str, float]], folder:
         print(f"  {name:48s} {row['median_ms']:8.1f} ms ({spread}) {ratio} of fused{'' if row['interleaved'] else '*'} "
               f"{row['state_bytes'] / 1e6:9.1f} MB  host {row['host_us']:6.0f} µs")  # fmt: skip
     print("  * not interleaved with fused")
-    for name, found in masks.items():
+    for name, found in content["masks"].items():
         print(f"  {name:16s} {found['density']:.3f} selected; sectors {found['sectors_32']:.2f}, lines "
               f"{found['lines_64']:.2f}; floors {found['floor_32']:.3f}, {found['floor_64']:.3f}, of reads "
               f"{found['read_floor_64']:.3f}")  # fmt: skip
-    if not model.startswith("smoke"):
-        write_json(folder / f"step_{model}_{bench.device}.json", content)

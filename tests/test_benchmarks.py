@@ -70,6 +70,18 @@ def test_every_row_has_its_figures(measured, model, methods, variants):
     assert sparse["work"]["saved_bytes"] < full["work"]["saved_bytes"]
 
 
+def test_results_of_step_and_calibration_go_where_they_are_asked_to(tmp_path):
+    """A GPU machine gives back one folder."""
+    benchmarks = "benchmarks/step.py", "benchmarks/calibration.py"
+    options = "--preset", "smoke", "--groups", "ours", "--rounds", "1", "--results", tmp_path
+    done = program("-m", "pytest", *benchmarks, "--benchmark", *options, "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "step_smoke_cpu.json").read_text())
+    assert steps["rows"]["MaskedAdam, TaLoS mask"]["of_fused"] > 0 and steps["device_name"]
+    calibration = json.loads((tmp_path / "calibration_smoke_cpu.json").read_text())
+    assert calibration["ours, batch 16"]["rows"]["talos-fast, full"]["of_plain"] > 0
+
+
 def test_what_does_not_fit_beside_full_fine_tuning_is_measured_alone(monkeypatch):
     chosen = Choice("smoke", torch.device("cpu"), ["smoke"], ["linearized", "l-lora"], ["eager"], None, 2, False)
     enough = workloads.bytes_needed("smoke", "linearized", "eager", baselines=0)
