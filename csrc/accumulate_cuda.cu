@@ -199,7 +199,7 @@ void accumulate_squared_per_sample_cuda(Tensor scores, Tensor inputs, Tensor gra
   if (is_empty(shape)) return;
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(scores.get_device_index(), &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(scores.get_device_index(), &current));
   const auto stream = static_cast<cudaStream_t>(current);
   const ScalarType type = scores.scalar_type(), from = inputs.scalar_type();
   if (type == ScalarType::Double || from == ScalarType::Double) {

@@ -52,7 +52,7 @@ void radix_histogram_cuda(Tensor counts, Tensor scores, int64_t digit, int64_t p
   if (scores.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(scores.get_device_index(), &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(scores.get_device_index(), &current));
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, scores.get_device_index()));
   const int64_t wanted = tile_count(scores.numel(), kRadixThreads), most = int64_t{multiprocessors} * 4;
