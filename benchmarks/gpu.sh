@@ -8,8 +8,9 @@
 #
 #   PYTHON   the Python with torch (default: python3)
 #   OUT      where everything is written (default: gpu-output)
-#   WHEELS   a folder of wheels that this Python lacks, such as open_clip_torch, ftfy and expecttest: installed into
-#            build/site, not into the Python. Without open_clip the table's ViT rows say that it is missing.
+#   WHEELS   a folder of wheels that this Python lacks, such as open_clip_torch, ftfy and expecttest, or setuptools where
+#            it is older than 77: installed into build/site, not into the Python. Without open_clip the table's ViT rows
+#            say that it is missing.
 #   LIMIT    seconds a part (default: 590)
 #   MODELS   the table's models (default: ViT-B-32 ViT-L-14 T5-Large), each with its own limit
 #   OPTIONS  more options for the benchmarks, such as "--methods talos --variants eager"
