@@ -40,8 +40,8 @@ class LowRank:
         """The sum of parts (..., rows), each in its columns of (..., outs)."""
         total: Any = 0
         for (rows, *_), part in zip(self.terms, parts, strict=True):
-            start, stop, _ = rows.indices(self.shape[0])
-            total = total + F.pad(part, (start, self.shape[0] - stop))
+            start = rows.start or 0
+            total = total + F.pad(part, (start, self.shape[0] - start - part.shape[-1]))
         placed: Tensor = total
         return placed
 
