@@ -6,7 +6,7 @@ densities are those of masks calibrated on real models (`shapes.QUERY_DENSITY`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +149,18 @@ def bytes_needed(name: str, method: str, variant: str, baselines: int) -> int:
     Raises:
         ImportError: open_clip or transformers is not installed.
     """
-    with torch.device("meta"):
-        encoder = SPECS[name].encoder()
     own = {"nonlinear": 3.0, "linearized": 5.0, "lota": 5.0 if variant == "paper" else 1.5}.get(method, 1.0)
     beside = 2.0 * baselines + 1.0 if baselines else 0.0
     if method == "nonlinear" and baselines:
         own = 0.0  # it is one of those
-    return int((1.5 + beside + own) * sum(p.nbytes for p in encoder.parameters()))
+    return int((1.5 + beside + own) * parameter_bytes(name))
+
+
+@cache
+def parameter_bytes(name: str) -> int:
+    """Of the encoder in float32, which is not made for it."""
+    with torch.device("meta"):
+        return sum(p.nbytes for p in SPECS[name].encoder().parameters())
 
 
 def bytes_free(device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,6 +53,10 @@ Direction = Tensor | LowRank
 
 # Hugging Face's code asks for gradients of activations where it checkpoints; that would record the pass of the values.
 _RECORD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+
+# A checkpoint of torch 2.11 keeps its inputs in a function without forward mode. Nothing is computed from its output.
+if _inputs := getattr(torch.utils.checkpoint, "_NoopSaveInputs", None):
+    _inputs.jvp = staticmethod(lambda ctx, *tangents: torch.zeros(0))
 
 
 class Tangents(Takeover):

@@ -57,7 +57,7 @@ def test_gpu_code_keeps_everything_in_registers():
 def test_the_check_knows_shims_and_their_versions():
     versions = abi.shim_versions()
     assert versions["torch_parallel_for"] == (2, 10)
-    assert len(set(versions.values())) > 3
+    assert max(versions.values()) >= abi.TARGET
 
 
 def test_the_check_reports_a_plain_extension(tmp_path):

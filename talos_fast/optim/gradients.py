@@ -106,5 +106,6 @@ class MaskedGradients(AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; a clipping that no step has taken is forgotten."""
-        self._clip = None
+        if self._clip is not None:  # dynamo of torch 2.11 refuses to set it to None
+            self._clip = None
         super().zero_grad(set_to_none)
