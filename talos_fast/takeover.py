@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d, *MATMUL)
@@ -43,9 +44,22 @@ class Takeover(TorchFunctionMode):
         if func in _UNCHECKED:
             with self:
                 return _UNCHECKED[func](*args, **kwargs)
+        if func is checkpoint:  # of torch.compile only; elsewhere no mode is asked
+            with self:  # within a checkpoint it lets modes be entered only if one has been outside
+                pass
+            return func(self._within(args[0]), *args[1:], **kwargs)
         if func == Tensor.unflatten:  # in attention; torch.compile could not follow its super() before torch 2.14
             return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _within(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with the mode on."""
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return inside
 
 
 def _unchecked(function: Any) -> FunctionType:

@@ -26,6 +26,15 @@ def case(kind: str, folder, dtype=torch.float32):
     return backbone.classifier(task).to(dtype), list(backbone.batches(task.train, batch_size=4))
 
 
+def checkpointed(model, kind: str):
+    """Gradient checkpointing, as each library's users ask for it."""
+    if kind in ("clip", "timm"):
+        model.encoder.set_grad_checkpointing()
+    else:
+        model.encoder.gradient_checkpointing_enable()
+    return model
+
+
 def mask_of(model) -> Mask:
     """Half of the entries of queries and keys, and nothing else."""
     generator = torch.Generator().manual_seed(1)

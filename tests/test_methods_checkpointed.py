@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from methods_cases import case, setup_of
+from methods_cases import case, checkpointed, setup_of
 from torch import nn
 from torch.nn import functional
 
@@ -18,15 +18,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from backward import allocator_peak
 
 KINDS = ("clip", "timm", "bert", "t5")
-
-
-def checkpointed(model, kind: str):
-    """As each library's users ask for it."""
-    if kind in ("clip", "timm"):
-        model.encoder.set_grad_checkpointing()
-    else:
-        model.encoder.gradient_checkpointing_enable()
-    return model
 
 
 def gradients(setup, model, batches) -> dict[str, torch.Tensor]:

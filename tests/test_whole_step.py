@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated_graph import SYNCS
-from methods_cases import case, setup_of
+from methods_cases import case, checkpointed, setup_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,10 +35,11 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def take(step: Step, batches, steps: int, around=nullcontext, lr=1e-3):
+def take(step: Step, batches, steps: int, around=nullcontext, lr=1e-3, accumulate=1):
     for number in range(steps):
         with around():
-            step.backward(batches[number % len(batches)], f"batch {number}")
+            for part in range(number * accumulate, (number + 1) * accumulate):
+                step.backward(batches[part % len(batches)], f"batch {part}")
             step.clip(f"batch {number}")
             step.update(lr)
             step.release()
@@ -59,19 +60,29 @@ def test_no_step_waits_for_the_device(kind, method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method, amp",
-    [*((method, "off") for method in METHODS), ("nonlinear", "bf16"), ("talos", "bf16"), ("l-lora", "bf16")],
+    "kind, method, amp, checkpoints",
+    [
+        *(("clip", method, "off", checkpoints) for method in METHODS for checkpoints in (False, True)),
+        *(("clip", method, "bf16", False) for method in ("nonlinear", "talos", "l-lora")),
+        *(("timm", method, "bf16", True) for method in ("talos", "l-lora")),
+        *(("bert", method, "off", False) for method in ("talos", "l-lora")),
+        ("t5", "talos", "off", False),
+    ],
 )
-def test_forward_and_backward_compile_without_a_break_and_once(method, amp, tmp_path):
+def test_forward_and_backward_compile_without_a_break_and_once(kind, method, amp, checkpoints, tmp_path):
+    """With checkpointing each step takes two batches, too."""
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model, batches = case("clip", tmp_path)
+        model, batches = case(kind, tmp_path)
+        model = checkpointed(model, kind) if checkpoints else model.eval()
         setup, counter = setup_of(model, method), CompileCounterWithBackend("aot_eager")
         if compiled:
             setup = replace(setup, forward=torch.compile(setup.forward, backend=counter, fullgraph=True))
-        take(Step(setup, model, functional.cross_entropy, clip=1.0, amp=amp), batches, 4)
+        accumulate = 2 if checkpoints else 1
+        step = Step(setup, model, functional.cross_entropy, clip=1.0, amp=amp, accumulate=accumulate)
+        take(step, batches if kind in ("clip", "timm") else batches[:1], 3, accumulate=accumulate)  # of one shape
         results.append([p.detach().clone() for p in setup.trained.values()])
     assert counter.frame_count == 1
     for mine, plain in zip(*results, strict=True):
