@@ -5,19 +5,18 @@ Writes ``table.md``, ``summary.md`` and ``efficiency.png`` beside the results.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from show import ALONE, COUNTED, ORDER, SHOWN, VARIANTS, Cell, cells, counted, heading, measured, rows_of
-
-from talos_fast.storage import atomic
+from aims import aims
+from efficiency import plot
+from show import ALONE, BASELINE, COUNTED, LEGEND, ORDER, SHOWN, VARIANTS, figures, heading, precision, rows_of, short
 
 RESULTS = Path(__file__).parent / "results"
-COUNTS = """\
-The last three columns are counted, not measured: GFLOP of the matrix products of an iteration (with the gradients of
-selected rows only, where that is less), bytes kept for the backward pass, bytes that the optimizer's step moves."""
 MODELS = ("ViT-B-32", "ViT-L-14", "T5-Large")
+# What the README shows of time and memory: every method as `finetune` runs it, and what compiling changes.
+SUMMARY = [(method, "eager") for method in ORDER] + [(BASELINE, "compiled"), ("talos", "compiled")]
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -28,103 +27,56 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def markdown(contents: list[dict[str, Any]]) -> str:
-    """One table a model, machine and variant; what nobody has measured is named."""
-    lines = [line for content in contents for line in _table(content)]
-    lines += [COUNTS, ""]
+    """The aims; then one table a model, machine and variant; what nobody has measured is named."""
+    lines = ["**The aims, for talos over full fine-tuning**", "", *_grid(aims(contents, MODELS)), "", LEGEND, ""]
     if any(row.get("alone") for content in contents for row in content["rows"]):
         lines += [ALONE.replace("* ", r"\* "), ""]
+    for content in contents:
+        lines += [*_tables(content), *_over_the_paper(content)]
     missing = [model for model in MODELS if model not in {content["model"] for content in contents}]
     if missing:
         lines += [f"Not measured: {', '.join(missing)}.", ""]
     return "\n".join(lines)
 
 
-def _table(content: dict[str, Any]) -> Iterator[str]:
-    peak = "peak" if content["device"] == "cuda" else "peak above the model"
-    names = ("method", *SHOWN[:-1], peak, *COUNTED)
+def _tables(content: dict[str, Any]) -> Iterator[str]:
     for variant in VARIANTS:
         rows = {row["method"]: row for row in rows_of(content) if row["variant"] == variant}
         if rows:
-            yield f"**{heading(content)}**; {variant}: {content['variants'][variant]}"
-            yield ""
-            yield _row(names)
-            yield _row(["---"] * len(names))
+            yield from (f"**{heading(content)}**; {variant}: {content['variants'][variant]}", "")
+            table = [["method", *SHOWN, *COUNTED]]
             for method in dict.fromkeys((*ORDER, *rows)):
-                row = rows.get(method)
-                yield _row([method, *(["not measured"] * (len(names) - 1) if row is None else _figures(content, row))])
-            yield ""
+                row = rows.get(method, {"missing": "no run"})
+                table.append([method, *figures(content, row)])
+            yield from (*_grid(table), "")
 
 
-def _row(columns: Any) -> str:
-    return "| " + " | ".join(columns) + " |"
-
-
-def _figures(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    if "missing" in row:
-        return [f"not measured: {row['missing']}", *[""] * (len(SHOWN) + len(COUNTED) - 1)]
-    found = cells(content, row)
-    return [*(_figure(column, found.get(column)) for column in SHOWN), *counted(content, row)]
-
-
-def _figure(column: str, cell: Cell | None) -> str:
-    if cell is None:
-        return "not measured"
-    value = measured(column, cell)
-    paper_ratio = "" if cell.paper is None else f" (paper {cell.paper:.2f})"
-    return f"{value}, ×{cell.times}{paper_ratio}" if cell.times else value
+def _over_the_paper(content: dict[str, Any]) -> Iterator[str]:
+    """Each method and variant over full fine-tuning as the paper ran it; times where one run timed both in turn."""
+    paper = f"over full fine-tuning as the paper ran it, in {precision(content)}"
+    yield from (f"**{content['model']}, {content['device_name']}**; {paper}", "")
+    shown = [(variant, column) for variant in VARIANTS for column in ("total", "peak")]
+    table = [["method", *(f"{variant}: {column}" for variant, column in shown)]]
+    table += [[method, *(short(content, method, *one, against="paper") for one in shown)] for method in ORDER]
+    yield from (*_grid(table), "")
 
 
 def summary(contents: list[dict[str, Any]]) -> str:
-    """Iteration time, optimizer step and peak memory over full fine-tuning's, as `finetune` runs the methods."""
+    """Iteration time, optimizer's step and peak memory: full fine-tuning's, and of the others their ratio to it."""
     shown = ("total", "step", "peak")
-    lines = [_row(["method", *(f"{content['model']}: {column}" for content in contents for column in shown)])]
-    lines.append(_row(["---"] * (1 + len(shown) * len(contents))))
-    for method in ORDER:
-        columns = []
-        for content in contents:
-            row = next((r for r in rows_of(content) if (r["method"], r["variant"]) == (method, "eager")), None)
-            found = {} if row is None or "missing" in row else cells(content, row)
-            columns += [_ratio(found.get(column)) for column in shown]
-        lines.append(_row([method, *columns]))
-    return "\n".join(lines) + "\n"
+    table = [["method", *(f"{content['model']}: {column}" for content in contents for column in shown)]]
+    for method, variant in SUMMARY:
+        columns = [short(content, method, variant, column) for content in contents for column in shown]
+        table.append([method if variant == "eager" else f"{method}, {variant}", *columns])
+    return "\n".join(_grid(table)) + "\n"
 
 
-def _ratio(cell: Cell | None) -> str:
-    if cell is None or cell.ratio is None:
-        return "not measured"
-    return cell.times if cell.paper is None else f"{cell.times} ({cell.paper:.2f})"
-
-
-def plot(contents: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory of an iteration, both over full fine-tuning; hollow: the paper's figures."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(contents), 4.2), layout="constrained")
-    methods = list(dict.fromkeys((*ORDER, *(row["method"] for content in contents for row in content["rows"]))))
-    colours = {method: f"C{number}" for number, method in enumerate(methods)}
-    for axis, content in zip(figure.subplots(1, len(contents), squeeze=False)[0], contents, strict=True):
-        for row in rows_of(content):
-            found = {} if "missing" in row else cells(content, row)
-            if row["variant"] == "paper" or not {"total", "peak"} <= found.keys():
-                continue
-            x, y = found["total"], found["peak"]
-            marker = "o" if row["variant"] == "eager" else "s"
-            axis.plot(
-                x.ratio, y.ratio, marker, color=colours[row["method"]], label=f"{row['method']}, {row['variant']}"
-            )
-            if row["variant"] == "eager" and x.paper is not None and y.paper is not None:
-                axis.plot(x.paper, y.paper, "o", color=colours[row["method"]], fillstyle="none")
-        axis.set(
-            xlabel="iteration time / full fine-tuning",
-            ylabel="peak memory / full fine-tuning",
-            xlim=(0, None),
-            ylim=(0, None),
-        )
-        axis.plot([], [], "o", color="black", fillstyle="none", label="the paper's, on a GPU")
-        axis.set_title(f"{content['model']}, {content['device_name']}", fontsize=9)
-        axis.legend(fontsize=7)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+def _grid(table: Iterable[Iterable[str]]) -> Iterator[str]:
+    """Rows of columns as markdown, the first of them the head."""
+    for number, row in enumerate(map(list, table)):
+        yield "| " + " | ".join(row) + " |"
+        if number == 0:
+            yield "| " + " | ".join(["---"] * len(row)) + " |"
 
 
 def main() -> None:
