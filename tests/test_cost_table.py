@@ -1,5 +1,6 @@
-"""How the cost table is shown: ratios, spread, memory and aims."""
+"""How the cost table is shown: ratios, spread, memory, aims, and what the README says of them."""
 
+import json
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ import show
 from aims import aims
 from efficiency import points
 
+RESULTS = ROOT / "benchmarks" / "results"
 MODELS = render.MODELS
 
 
@@ -97,3 +99,48 @@ def test_the_plot_has_every_row_but_the_baselines_and_knows_which_were_alone():
     assert {key for key, point in found.items() if point.alone} == {("linearized", "eager")}
     talos = found["talos", "eager"]
     assert (talos.time, talos.memory) == pytest.approx((0.6, 0.5))
+
+
+def cost() -> str:
+    """The README's section, its lines joined."""
+    _, _, rest = (ROOT / "README.md").read_text().partition("## What it costs\n")
+    return " ".join(rest.partition("\n## ")[0].split())
+
+
+def test_the_readme_shows_the_committed_summary():
+    assert (RESULTS / "summary.md").read_text() in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_says_of_memory_and_compiling_what_was_measured():
+    contents = {content["model"]: content for content in render.load(RESULTS)}
+    above = [show.short(contents[model], "talos", "eager", "above the model") for model in MODELS]
+    assert "to the model `talos` adds {}, {} and {}.".format(*above) in cost()
+    taken = {}
+    for method in ("nonlinear", "talos"):
+        for variant in ("eager", "compiled"):
+            cells = show.cells(contents["ViT-B-32"], show.row_of(contents["ViT-B-32"], method, variant))
+            taken[method, variant] = show.measured("total", cells["total"]).removesuffix(" ms")
+    for method, words in (("nonlinear", "took {} ms instead of {},"), ("talos", "`talos` {} instead of {} ")):
+        assert words.format(taken[method, "compiled"], taken[method, "eager"]) in cost()
+
+
+def test_the_readme_says_of_the_step_what_was_measured():
+    rows = {model: json.loads((RESULTS / f"step_{model}_cpu.json").read_text())["rows"] for model in MODELS}
+    assert {len({row["rounds"] for row in rows[model].values()}) for model in MODELS} == {1}
+
+    def said(name: str, digits: int, *models: str) -> list[str]:
+        found = []
+        for measured in (rows[model][name] for model in models):
+            low, high = measured["of_fused_min"], measured["of_fused_max"]
+            found.append(f"{measured['of_fused']:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]")
+        return found
+
+    for mask in ("TaLoS mask", "10 % random"):
+        assert "{}, {} and {} with".format(*said(f"MaskedAdam, {mask}", 2, *MODELS)) in cost()
+    dense = "dense masked AdamW, TaLoS mask"
+    last = f"{rows['T5-Large'][dense]['of_fused']:.1f} (this one not in turn) times"
+    assert "{}, {} and ".format(*said(dense, 1, *MODELS[:2])) + last in cost()
+    assert not rows["T5-Large"][dense]["interleaved"]
+    contents = {content["model"]: content for content in render.load(RESULTS)}
+    released = [show.cells(contents[m], show.row_of(contents[m], "talos", "paper"))["step"].times for m in MODELS]
+    assert "that takes {}, {} and {} of the foreach AdamW".format(*released) in cost()
