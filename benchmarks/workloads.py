@@ -110,7 +110,7 @@ LARGE_T5 = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num
 
 SPECS = {
     "ViT-B-32": Spec(partial(_tower, "ViT-B-32"), _images, 128, 8, 1.0, RAW, 0.1),
-    "ViT-L-14": Spec(partial(_tower, "ViT-L-14"), _images, 128, 2, 1.0, RAW, 0.1),
+    "ViT-L-14": Spec(partial(_tower, "ViT-L-14"), _images, 128, 1, 1.0, RAW, 0.1),
     "T5-Large": Spec(partial(_t5, **LARGE_T5), _texts, 64, 1, None),
     "smoke": Spec(partial(_tower, "smoke", TINY), _images, 4, 4, 1.0, RAW, 0.1),
     "smoke-T5": Spec(partial(_t5, **TINY_T5), partial(_texts, tokens=8), 4, 4, None),
