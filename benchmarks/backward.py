@@ -6,7 +6,6 @@ the model, and exactly, as the most that torch's allocator held at once.
 
 import itertools
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from records import header
 from shapes import talos_mask
 from torch import Tensor, nn
 
-import talos_fast
-from talos_fast import MaskedAdam, ops
+from talos_fast import MaskedAdam
 from talos_fast.storage import write_json
 
 # On selected rows, with compacted gradients; "all parameters" trains densely whatever the mask says.
@@ -114,28 +113,17 @@ def measure_times(model: str, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def skip_unless_asked_for(model: str, request: pytest.FixtureRequest) -> None:
-    if model not in request.config.getoption("--models").split(","):
-        pytest.skip(f"not among --models {request.config.getoption('--models')}")
-
-
 def write(request: pytest.FixtureRequest, what: str, model: str, rows: dict[str, dict[str, float]]) -> None:
     """Prints the rows and writes them, with the machine."""
     print(f"\n{what}, {model}, batch {BATCH}, {torch.get_num_threads()} threads")
     for name, row in rows.items():
         print(f"  {name:26s}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
-    content = {
-        "benchmark": what, "model": model, "batch": BATCH, "weights": "random", "device": "cpu", "rows": rows,
-        "threads": torch.get_num_threads(), "backend": ops.backend("cpu"), "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
-        "talos_fast": talos_fast.__version__, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    content = header("cpu") | {"benchmark": what, "model": model, "batch": BATCH, "weights": "random", "rows": rows}
     write_json(request.config.getoption("--results") / f"{what}_{model}_cpu.json", content)
 
 
 @pytest.mark.parametrize("model", SIZES)
 def test_time(model: str, request: pytest.FixtureRequest) -> None:
-    skip_unless_asked_for(model, request)
     seconds = measure_times(model, request.config.getoption("--rounds"))
     base = seconds["selected tensors"]
     rows = {}
@@ -151,9 +139,8 @@ def test_time(model: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("model", SIZES)
 def test_memory(model: str, request: pytest.FixtureRequest) -> None:
-    skip_unless_asked_for(model, request)
     rows = {}
-    for name in CONTENDERS:
+    for name in list(CONTENDERS)[-1:] if model == "smoke" else CONTENDERS:
         child = subprocess.run([sys.executable, __file__, model, name], capture_output=True, text=True, check=True)
         rows[name] = json.loads(child.stdout.splitlines()[-1])
     write(request, "backward_memory", model, rows)

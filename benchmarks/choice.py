@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from contenders import VARIANTS
-from workloads import SPECS
 
 from talos_fast.methods import METHODS
 
@@ -18,7 +17,7 @@ class Choice:
     Args:
         preset: "cpu", "gpu" or "smoke".
         device: the preset's.
-        models, methods, variants: names.
+        methods, variants: names.
         batch: inputs a batch; None for the preset's.
         rounds: measurements of each contender.
         bf16: whether under autocast.
@@ -26,7 +25,6 @@ class Choice:
 
     preset: str
     device: torch.device
-    models: list[str]
     methods: list[str]
     variants: list[str]
     batch: int | None
@@ -35,18 +33,23 @@ class Choice:
 
 
 def choice(config: pytest.Config) -> Choice:
-    """The options, checked."""
+    """The options, completed by the preset.
+
+    Raises:
+        pytest.UsageError: a method or variant that there is not.
+    """
     option = config.option
     device = torch.device("cuda" if option.preset == "gpu" else "cpu")
+    methods = list(METHODS) if option.methods is None else option.methods
+    refuse_unknown("--methods", methods, METHODS)
+    refuse_unknown("--variants", option.variants, VARIANTS)
     return Choice(
-        option.preset, device, _names("--models", option.models, SPECS), _names("--methods", option.methods, METHODS),
-        _names("--variants", option.variants, VARIANTS), option.batch, option.rounds,
+        option.preset, device, methods, option.variants, option.batch, option.rounds,
         option.amp == "bf16" or (option.amp == "auto" and device.type == "cuda"),
     )  # fmt: skip
 
 
-def _names(flag: str, given: str | None, known: Iterable[str]) -> list[str]:
-    chosen = list(known) if given is None else given.split(",")
-    if unknown := [name for name in chosen if name not in known]:
-        raise pytest.UsageError(f"{flag} {unknown[0]}: choose among {', '.join(known)}")
-    return chosen
+def refuse_unknown(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UsageError if a name given is not among those known."""
+    if unknown := [name for name in given if name not in known]:
+        raise pytest.UsageError(f"{flag} {unknown[0]!r}: choose among {', '.join(known)}")

@@ -5,7 +5,6 @@ attention, in time, counted FLOPs and the most that torch's allocator held at on
 weights cast once beside autocast alone, in time and in casts a step.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,13 +16,12 @@ import torch.nn.functional as F
 from backward import allocator_peak
 from contenders import contender
 from measure import interleaved
-from records import revision
+from records import header
 from rivals import through_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import Workload, build
 
-from talos_fast.environment import environment
 from talos_fast.step import Step
 from talos_fast.storage import write_json
 
@@ -57,10 +55,7 @@ class Casts(TorchDispatchMode):
 
 
 def workload_of(model: str, request: pytest.FixtureRequest) -> Workload:
-    option = request.config.option
-    if model not in option.models.split(","):
-        pytest.skip(f"not among --models {option.models}")
-    return build(model, option.batch or DEFAULT_BATCH, torch.device("cpu"))
+    return build(model, request.config.option.batch or DEFAULT_BATCH, torch.device("cpu"))
 
 
 def runner(step: Step, workload: Workload) -> Callable[[], None]:
@@ -80,12 +75,9 @@ def write(what: str, workload: Workload, request: pytest.FixtureRequest, rows: d
     """Prints the rows and writes them, with the machine."""
     for name, row in rows.items():
         print(f"  {name:28s}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
-    content = environment(torch.device("cpu")) | {
-        "benchmark": what, "revision": revision(), "threads": torch.get_num_threads(), **workload.about,
-        "date": time.strftime("%Y-%m-%d"), "rounds": request.config.getoption("--rounds"), "rows": rows,
-    }  # fmt: skip
+    about = header("cpu") | {"benchmark": what, **workload.about, "rounds": request.config.getoption("--rounds")}
     folder: Path = request.config.getoption("--results")
-    write_json(folder / f"{what}_{workload.about['model']}_cpu.json", content)
+    write_json(folder / f"{what}_{workload.about['model']}_cpu.json", about | {"rows": rows})
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from measure import interleaved
+from records import header
 from torch import Tensor
 
 from talos_fast import ops
-from talos_fast.environment import environment
 from talos_fast.sensitivity import kth_smallest, select_extreme
 from talos_fast.storage import write_json
 
@@ -22,6 +22,7 @@ SAMPLES = 16
 SHAPES = [(50, 768, 768), (50, 3072, 768), (128, 1024, 1024), (257, 1024, 1024), (1, 512, 768), (8, 768, 768)]
 YARDSTICK = "torch: one summed GEMM, fp32"
 SCORES = 10**8
+SMOKE_SHAPES, SMOKE_SCORES = SHAPES[-2:], 10**6
 
 
 def contenders(tokens: int, outs: int, ins: int, device: str) -> dict[str, Callable[[], object]]:
@@ -50,12 +51,13 @@ def contenders(tokens: int, outs: int, ins: int, device: str) -> dict[str, Calla
 def test_accumulate(device: str, threads: int, request: pytest.FixtureRequest) -> None:
     if device == "cuda" and threads > 1:
         pytest.skip("the GPU does not mind the number of threads")
+    option = request.config.option
     before, tables = torch.get_num_threads(), {}
     torch.set_num_threads(threads)
     try:
-        for tokens, outs, ins in SHAPES:
+        for tokens, outs, ins in SMOKE_SHAPES if option.preset == "smoke" else SHAPES:
             torch.manual_seed(0)
-            rows = interleaved(contenders(tokens, outs, ins, device), request.config.getoption("--rounds"), device)
+            rows = interleaved(contenders(tokens, outs, ins, device), option.rounds, device)
             work = 2e-9 * SAMPLES * tokens * outs * ins
             print(f"\n{SAMPLES} samples of {tokens} tokens, {outs} x {ins}, {device}, {threads} threads")
             for name, row in rows.items():
@@ -67,8 +69,8 @@ def test_accumulate(device: str, threads: int, request: pytest.FixtureRequest) -
     finally:
         torch.set_num_threads(before)
     content = {"benchmark": "accumulate_squared_per_sample_", "samples": SAMPLES, "threads": threads, "rows": tables}
-    path = request.config.getoption("--results") / f"squares_{device}_{threads}threads.json"
-    write_json(path, content | environment(torch.device(device)))
+    path = option.results / f"squares_{device}_{threads}threads.json"
+    write_json(path, content | header(device))
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -86,33 +88,35 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def test_threshold(request: pytest.FixtureRequest) -> None:
+    option = request.config.option
+    count = SMOKE_SCORES if option.preset == "smoke" else SCORES
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         torch.manual_seed(0)
-        whole = torch.empty(SCORES).normal_().mul_(4).exp_()  # log-normal, as sums of squares are
-        scores = {f"p{n}": part for n, part in enumerate(whole.split(SCORES // 8))}
-        k = SCORES // 10
+        whole = torch.empty(count).normal_().mul_(4).exp_()  # log-normal, as sums of squares are
+        scores = {f"p{n}": part for n, part in enumerate(whole.split(count // 8))}
+        k = count // 10
         runs = {
             "torch.kthvalue of all in one tensor": lambda: whole.kthvalue(k),
             "talos_fast.sensitivity.kth_smallest": lambda: kth_smallest(scores, k),
             "talos_fast.sensitivity.select_extreme": lambda: select_extreme(scores, k),
         }
         assert kth_smallest(scores, k)[0] == float(whole.kthvalue(k).values)
-        rows = interleaved(runs, min(3, request.config.getoption("--rounds")))
+        rows = interleaved(runs, min(3, option.rounds))
         for name, row in rows.items():
-            row["bytes_a_score"] = peak_bytes(runs[name]) / SCORES
-            print(f"\n  {name:40s} {row['median']:6.3f} s ({row['min']:6.3f} … {row['max']:6.3f}) for {SCORES:.0e}, "
+            row["bytes_a_score"] = peak_bytes(runs[name]) / count
+            print(f"\n  {name:40s} {row['median']:6.3f} s ({row['min']:6.3f} … {row['max']:6.3f}) for {count:.0e}, "
                   f"{row['bytes_a_score']:5.2f} bytes a score", end="")  # fmt: skip
-        rows["talos_fast.sensitivity.kth_smallest, ten times as many"] = a_billion(whole)
+        rows["talos_fast.sensitivity.kth_smallest, ten times as many"] = ten_times(whole)
     finally:
         torch.set_num_threads(before)
-    content = {"benchmark": "threshold", "scores": SCORES, "k": k, "threads": 1, "rows": rows}
-    path = request.config.getoption("--results") / "threshold_cpu_1threads.json"
-    write_json(path, content | environment(torch.device("cpu")))
+    content = {"benchmark": "threshold", "scores": count, "k": k, "threads": 1, "rows": rows}
+    path = option.results / "threshold_cpu_1threads.json"
+    write_json(path, content | header("cpu"))
 
 
-def a_billion(scores: Tensor) -> dict[str, float]:
+def ten_times(scores: Tensor) -> dict[str, float]:
     """Ten tensors of scores at once, held against a count of what is below the value found."""
     parts = {f"p{n}": scores * (1 + 0.1 * n) for n in range(10)}
     total = sum(part.numel() for part in parts.values())

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from occupancy import occupancy
+from records import header, refuse_nothing
 from shapes import MASKS, MODELS, Masks
 from steppers import RIVALS, Stepper, clipping, eight, stepping
 
-from talos_fast.environment import environment
 from talos_fast.optim.plan import select
 from talos_fast.profiling.memory import Memory
 from talos_fast.storage import write_json
@@ -154,19 +154,18 @@ class Bench:
 @pytest.mark.parametrize("model", MODELS)
 def test_step(model: str, request: pytest.FixtureRequest) -> None:
     option = request.config.option
-    if model not in option.models.split(","):
-        pytest.skip(f"not among --models {option.models}")
     bench = Bench(model, option.device or ("cuda" if torch.cuda.is_available() else "cpu"), option.rounds)
     occupancies: dict[str, dict[str, float]] = {}
-    for _ in range(SWEEPS):
+    for _ in range(min(SWEEPS, option.rounds)):
         sweep(bench, occupancies)
         content = {
             "benchmark": "step", "model": model, "parameters": bench.numel, "tensors": len(bench.shapes),
-            "rows": bench.rows, "masks": occupancies, "rounds": bench.rounds, **environment(torch.device(bench.device)),
+            "rows": bench.rows, "masks": occupancies, "rounds": bench.rounds, **header(bench.device),
         }  # fmt: skip
         # After each sweep: a run that is killed has lost the one it was in.
         write_json(option.results / f"step_{model}_{bench.device}.json", content)
     show(content)
+    refuse_nothing(bench.rows.values())
 
 
 def sweep(bench: Bench, occupancies: dict[str, dict[str, float]]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from workloads import LARGE_T5
 
 from talos_fast.sensitivity.selection import maskable_parameters
 
@@ -90,20 +91,25 @@ class Choices(nn.Module):
         return (logits.gather(-1, answers[..., None])[..., 0] - logits.logsumexp(-1)).view(-1, 2, 32).sum(-1)
 
 
-def t5(size: int) -> Subject:
-    from transformers import T5Config, T5ForConditionalGeneration
+def t5(**config: Any) -> Callable[[int], Subject]:
+    def make(size: int) -> Subject:
+        from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=768, d_kv=64, d_ff=2048, num_layers=4, num_heads=12, feed_forward_proj="gated-gelu",
-                      decoder_start_token_id=0)  # fmt: skip
-    batch = {"input_ids": torch.randint(1, 30000, (size, 128)), "labels": torch.randint(0, 2, (size,))}
-    return Subject(Choices(T5ForConditionalGeneration(config)), batch, size)
+        network = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **config))
+        batch = {"input_ids": torch.randint(1, 30000, (size, 128)), "labels": torch.randint(0, 2, (size,))}
+        return Subject(Choices(network), batch, size)
 
+    return make
+
+
+GATED = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 4, "num_heads": 12, "feed_forward_proj": "gated-gelu"}
 
 SUBJECTS: dict[str, Callable[[int], Subject]] = {
     "ViT-B-32": open_clip(768, 12, 32, 512),
     "ViT-B-32-timm": timm_vit,
     "ViT-L-14": open_clip(1024, 24, 14, 768),
     "BERT-6": bert,
-    "T5-4-4": t5,
+    "T5-4-4": t5(**GATED),
+    "T5-Large": t5(**LARGE_T5),
     "smoke": open_clip(64, 2, 8, 32, side=32),
 }

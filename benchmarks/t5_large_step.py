@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from contenders import PRELOADED, contender
 from measure import RESULTS
+from records import stamp
 from workloads import LARGE_T5, build, bytes_free
 
 from talos_fast import Mask
@@ -81,7 +82,7 @@ def main() -> None:
         row = measure("T5-Large", method)
         print(method, row.get("missing") or f"{row['peak_bytes'] / GIB:.2f} GiB in all", flush=True)
         if "missing" not in row or method not in rows:
-            rows[method] = row
+            rows[method] = row | stamp()
             about = {"benchmark": "t5_large_step", **environment(torch.device("cpu")), "config": LARGE_T5}
             write_json(PATH, about | {"rows": rows})
 

@@ -6,7 +6,6 @@ a process of its own.
 """
 
 import gc
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from choice import Choice, choice
 from contenders import VARIANTS, contender, peak_above_model, peak_in_own_process
 from measure import keep_freed_memory
-from records import merge_rows, revision
+from records import merge_rows, refuse_nothing, stamp
 from rivals import PaperIteration
 from show import text
 from workloads import SPECS, Workload, build, bytes_free, bytes_needed
@@ -34,15 +33,15 @@ BASELINE = "nonlinear"
 @pytest.mark.parametrize("model", SPECS)
 def test_table(model: str, request: pytest.FixtureRequest) -> None:
     chosen = choice(request.config)
-    if model not in chosen.models:
-        pytest.skip(f"not among the models {', '.join(chosen.models)}")
     table = Table(model, chosen)
     path = request.config.getoption("--results") / f"table_{model}_{chosen.device.type}.json"
+    merge_rows(path, table.content())  # refuses another batch now, not after the first row
     for _ in table.measured():  # a run that is killed has lost the row it was at
         content = merge_rows(path, table.content())
         write_json(path, content)
     print("\n" + text(content))
     assert not table.broken, table.broken
+    refuse_nothing(table.content()["rows"])
 
 
 class Table:
@@ -59,7 +58,7 @@ class Table:
     def __init__(self, model: str, chosen: Choice) -> None:
         self._model, self._chosen = model, chosen
         self._size = chosen.batch or getattr(SPECS[model], f"{chosen.device.type}_batch")
-        self._about: dict[str, Any] = {"model": model}
+        self._about: dict[str, Any] = {"model": model, "batch": self._size, "bf16": chosen.bf16}
         self._rows: list[dict[str, Any]] = []
         self._baselines: dict[str, FinetuneIteration] = {}
         self._beside: dict[str, dict[str, list[float]]] = {}  # variant -> seconds of its baseline, measured last
@@ -86,7 +85,7 @@ class Table:
         except ImportError as error:
             missing = f"{error.name} is not installed"
         for method, variant in order + others:
-            row = {"method": method, "variant": variant, "date": time.strftime("%Y-%m-%d"), "revision": revision()}
+            row = {"method": method, "variant": variant, **stamp()}
             lacking = missing or self._lacking(method, variant, baselines=0)
             row |= {"missing": lacking} if workload is None or lacking else self._row(workload, method, variant)
             self._rows.append(row)
@@ -118,7 +117,7 @@ class Table:
     def _built(self) -> Workload:
         workload = build(self._model, self._size, self._chosen.device)
         sizes = {"model_bytes": sum(t.nbytes for t in (*workload.model.parameters(), *workload.model.buffers()))}
-        self._about = workload.about | sizes | {"bf16": self._chosen.bf16}
+        self._about |= workload.about | sizes
         return workload
 
     def _row(self, workload: Workload, method: str, variant: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import records
 import show
 import table
 import workloads
@@ -20,6 +22,7 @@ from choice import Choice
 from records import merge_rows
 from rivals import DenseMaskedAdamW
 
+from talos_fast import TalosError
 from talos_fast.methods import METHODS
 from talos_fast.profiling.work import Work
 
@@ -31,12 +34,21 @@ def program(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+BARE = "-p", "no:timeout"
+REFUSED = """
+import json, sys, pytest
+for options in json.loads(sys.argv[1]):
+    print("exit code", int(pytest.main(["benchmarks/step.py", "--benchmark", "-p", "no:cacheprovider", *options])))
+"""
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("results")
     command = ("-m", "pytest", "benchmarks/table.py", "--benchmark", "--preset", "smoke", "--results", folder, "-sq")
     printed = ""
-    for options in ((), ("--models", "smoke-T5", "--methods", "talos", "--variants", "eager")):
+    # Without pytest-timeout the second, which asks for spaces in its list too.
+    for options in ((), ("--models", "smoke-T5", "--methods", "talos, nonlinear", "--variants", "eager", *BARE)):
         done = program(*command, "-p", "no:cacheprovider", *options)
         assert done.returncode == 0, done.stdout + done.stderr
         printed += done.stdout
@@ -77,13 +89,49 @@ def test_results_of_step_and_calibration_go_where_they_are_asked_to(tmp_path):
     done = program("-m", "pytest", *benchmarks, "--benchmark", *options, "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = json.loads((tmp_path / "step_smoke_cpu.json").read_text())
-    assert steps["rows"]["MaskedAdam, TaLoS mask"]["of_fused"] > 0 and steps["device_name"]
+    assert steps["rows"]["MaskedAdam, TaLoS mask"]["of_fused"] > 0 and steps["device_name"] and steps["revision"]
     calibration = json.loads((tmp_path / "calibration_smoke_cpu.json").read_text())
-    assert calibration["ours, batch 16"]["rows"]["talos-fast, full"]["of_plain"] > 0
+    assert calibration.keys() == {"benchmark", "model", "ours, batch 16"}
+    ours = calibration["ours, batch 16"]
+    assert ours["rows"]["talos-fast, full"]["of_plain"] > 0 and ours["device_name"] and ours["revision"]
+
+
+def test_options_that_nothing_can_do_are_refused_before_anything_runs():
+    refused = {
+        "--models smoke,bogus": "--models 'bogus': choose among ViT-B-32, ViT-L-14, T5-Large, smoke, smoke-T5",
+        "--methods bogus": "--methods 'bogus': choose among nonlinear",
+        "--variants eager,": "--variants '': choose among paper, eager, compiled",
+        "--batch 0": "--batch: 0 is below 1",
+        "--batch -3": "--batch: -3 is below 1",
+        "--rounds 0": "--rounds: 0 is below 1",
+    }
+    if not torch.cuda.is_available():
+        refused["--preset gpu"] = "--preset gpu: torch sees no CUDA device"
+        refused["--device cuda"] = "--device cuda: torch sees no CUDA device"
+    options = [[*option.split(), *(() if "preset" in option else ("--preset", "smoke"))] for option in refused]
+    done = program("-c", REFUSED, json.dumps(options))
+    assert done.stdout.count("exit code 4") == len(refused), done.stdout + done.stderr
+    for message in refused.values():
+        assert message in done.stderr
+
+
+def test_a_table_without_a_figure_does_not_read_as_passed(tmp_path, monkeypatch):
+    chosen = Choice("smoke", torch.device("cpu"), ["talos"], ["eager"], None, 2, False)
+    request = SimpleNamespace(config=SimpleNamespace(getoption=lambda _: tmp_path))
+
+    def not_installed(*_):
+        raise ModuleNotFoundError("No module named 'wcwidth'", name="wcwidth")
+
+    monkeypatch.setattr(table, "choice", lambda _: chosen)
+    monkeypatch.setattr(table, "bytes_needed", not_installed)
+    with pytest.raises(TalosError, match="nothing was measured: wcwidth is not installed"):
+        table.test_table("smoke", request)
+    rows = json.loads((tmp_path / "table_smoke_cpu.json").read_text())["rows"]
+    assert [row["missing"] for row in rows] == ["wcwidth is not installed"] * 2
 
 
 def test_what_does_not_fit_beside_full_fine_tuning_is_measured_alone(monkeypatch):
-    chosen = Choice("smoke", torch.device("cpu"), ["smoke"], ["linearized", "l-lora"], ["eager"], None, 2, False)
+    chosen = Choice("smoke", torch.device("cpu"), ["linearized", "l-lora"], ["eager"], None, 2, False)
     enough = workloads.bytes_needed("smoke", "linearized", "eager", baselines=0)
     assert workloads.bytes_needed("smoke", "l-lora", "eager", 1) < enough
     assert enough < workloads.bytes_needed("smoke", "linearized", "eager", 1)
@@ -166,5 +214,35 @@ def test_rows_of_the_same_machine_are_kept_and_failures_undo_nothing(tmp_path):
     assert merge_rows(path, content(new))["rows"] == [old, new]
     failed = {"method": "talos", "variant": "eager", "missing": "out of memory"}
     assert old in merge_rows(path, content(failed))["rows"]
-    assert merge_rows(path, content(new, torch_version="3"))["rows"] == [new]
     assert merge_rows(tmp_path / "none.json", content(new))["rows"] == [new]
+    with pytest.raises(TalosError, match=r"table.json .*\(torch 2 there, 3 here\): take another --results, or delete"):
+        merge_rows(path, content(new, torch_version="3"))
+
+
+def test_the_preset_measures_the_batches_that_are_committed():
+    for path in (ROOT / "benchmarks" / "results").glob("table_*_cpu.json"):
+        committed = json.loads(path.read_text())
+        assert workloads.SPECS[committed["model"]].cpu_batch == committed["batch"], path
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_revision_is_that_of_the_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = "-c", "user.name=n", "-c", "user.email=e"
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
+
+    result, code = tmp_path / "benchmarks" / "results" / "table.json", tmp_path / "setup.py"
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "benchmarks" / "records.py"))
+    monkeypatch.setenv("TALOS_REVISION", "given")
+    result.parent.mkdir(parents=True)
+    assert records.revision() == "given"
+    for path in (result, code):
+        path.write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    result.write_text("measured")
+    clean = records.revision()
+    assert len(clean) == 12 and "+" not in clean
+    code.write_text("changed")
+    assert records.revision() == clean + "+"
