@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+USERS_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Waiting threads spin for a moment, then sleep: at once costs a quiet machine half its speed, never costs a busy one
 # nearly all of it.
@@ -29,6 +30,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ --benchmark
 
 # On a machine with a GPU, with the Python that is there: see the script. PARTS="build table" runs some of it.
+gpu: export PATH := $(USERS_PATH)
 gpu:
 	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(PARTS)
 

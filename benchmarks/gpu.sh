@@ -1,27 +1,36 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one, with the Python and torch that are there and no network.
 #
-#   benchmarks/gpu.sh [build] [tests] [sanitizer] [step] [calibration] [table]      no name: all of them
+#   benchmarks/gpu.sh [build] [tests] [sanitizer] [step] [kernels] [calibration] [table]      no name: all of them
 #
-# Each part has its own time limit and its own log; one that fails does not stop the others, and the summary at the end
-# says which did. Where talos_fast is not installed with its libraries, build comes first by itself.
+# Each part has its own time limit (calibration and table: each of their models) and its own log; one that fails does not
+# stop the others, and the summary at the end says which did. Where talos_fast is not installed with its libraries, build
+# comes first by itself. Paths are from the root of the repository.
 #
-#   PYTHON   the Python with torch (default: python3)
-#   OUT      where everything is written (default: gpu-output)
-#   WHEELS   a folder of wheels that this Python lacks, such as open_clip_torch, ftfy and expecttest, or setuptools where
-#            it is older than 77: installed into build/site, not into the Python. Without open_clip the table's ViT rows
-#            say that it is missing.
-#   LIMIT    seconds a part (default: 590)
-#   MODELS   the table's models (default: ViT-B-32 ViT-L-14 T5-Large), each with its own limit
-#   OPTIONS  more options for the benchmarks, such as "--methods talos --variants eager"
+#   PYTHON   the Python with torch (default: python3). build installs talos_fast into it, editable. A system's Python that
+#            refuses (PEP 668) can lend its packages to one that does not:
+#            python3 -m venv --system-site-packages build/gpu && PYTHON=build/gpu/bin/python benchmarks/gpu.sh
+#   OUT      where everything is written (default: gpu-output); at the end also as one file, OUT.tar.gz
+#   WHEELS   a folder of wheels that this Python lacks, such as setuptools where it is older than 77, or expecttest, or
+#            open_clip_torch with timm, ftfy, wcwidth and regex: installed into build/site, not into the Python. Without
+#            open_clip no row of a ViT can be measured, and that part fails.
+#   LIMIT    seconds a part, or a model (default: 590)
+#   MODELS   of calibration and table (default: ViT-B-32 ViT-L-14 T5-Large; in calibration also ViT-B-32-timm, whose
+#            attention other libraries support)
+#   OPTIONS  more options for the benchmarks, such as "--batch 64"
+#   TALOS_REVISION  what results are said to be of, in a copy without .git
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-python=${PYTHON:-python3}
+if ! python=$(realpath -s -- "$(type -P "${PYTHON:-python3}")" 2> /dev/null); then  # -s: a venv's python is a link
+  echo "benchmarks/gpu.sh: there is no ${PYTHON:-python3}" >&2
+  exit 2
+fi
 out=${OUT:-gpu-output}
 limit=${LIMIT:-590}
 mkdir -p "$out" || exit
 out=$(cd "$out" && pwd)
-read -r -a models <<< "${MODELS:-ViT-B-32 ViT-L-14 T5-Large}"
+read -r -a tabled <<< "${MODELS:-ViT-B-32 ViT-L-14 T5-Large}"
+read -r -a calibrated <<< "${MODELS:-ViT-B-32 ViT-B-32-timm ViT-L-14 T5-Large}"
 read -r -a options <<< "${OPTIONS:-}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 site=$PWD/build/site
@@ -63,7 +72,7 @@ machine() {
   "$python" -c 'import platform, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
-  git rev-parse HEAD
+  git rev-parse HEAD 2> /dev/null || echo "revision ${TALOS_REVISION:-unknown: no .git here; TALOS_REVISION would say}"
 }
 
 build() {
@@ -99,28 +108,29 @@ benchmark=("$python" -m pytest -q -s -p no:cacheprovider --benchmark --preset gp
 
 step() { run step "${benchmark[@]}" benchmarks/step.py; }
 
-calibration() {
-  run kernels "${benchmark[@]}" benchmarks/sensitivity_kernels.py -k cuda
-  run calibration "${benchmark[@]}" benchmarks/calibration.py
-}
+kernels() { run kernels "${benchmark[@]}" benchmarks/sensitivity_kernels.py -k cuda; }
 
-table() {
-  local model
-  for model in "${models[@]}"; do
-    run "table-$model" "${benchmark[@]}" benchmarks/table.py --models "$model"
+calibration() { each calibration "${calibrated[@]}"; }
+
+table() { each table "${tabled[@]}"; }
+
+# each BENCHMARK MODEL...: one run a model.
+each() {
+  local name=$1 model
+  shift
+  for model in "$@"; do
+    run "$name-$model" "${benchmark[@]}" "benchmarks/$name.py" --models "$model"
   done
 }
 
+known=(build tests sanitizer step kernels calibration table)
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build tests sanitizer step calibration table)
+[ ${#parts[@]} -gt 0 ] || parts=("${known[@]}")
 for part in "${parts[@]}"; do
-  case $part in
-    build | tests | sanitizer | step | calibration | table) ;;
-    *)
-      echo "benchmarks/gpu.sh: no part $part; parts are build, tests, sanitizer, step, calibration, table" >&2
-      exit 2
-      ;;
-  esac
+  if [[ " ${known[*]} " != *" $part "* ]]; then
+    echo "benchmarks/gpu.sh: no part $part; parts are ${known[*]}" >&2
+    exit 2
+  fi
 done
 
 # Without a device every test would be skipped, and that would read as passed.
@@ -136,4 +146,5 @@ for part in "${parts[@]}"; do
   [ "$part" != build ] || built || break
 done
 printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
+tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")" && echo "all of it: $out.tar.gz"
 exit "$failed"

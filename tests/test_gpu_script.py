@@ -1,7 +1,9 @@
 """benchmarks/gpu.sh on a machine of stubs: what it runs, that one part's failure stops no other, and what it says."""
 
 import os
+import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ case "$*" in
   *ops.backend*) test -e "{folder}/built" ;;
   *"pip install"*) echo "installs $*"; {install} ;;
   *step.py*) echo boom; exit 3 ;;
-  *calibration.py*) trap "echo interrupted; exit 1" INT; sleep 60 ;;
+  *calibration.py*T5-Large*) trap "echo interrupted; exit 1" INT; sleep 60 ;;
   *pytest*) echo "ran $*" ;;
 esac
 """
@@ -55,14 +57,17 @@ def test_every_part_runs_whatever_became_of_the_others(run, tmp_path):
     results = {line.split(":")[0]: line.split(": ")[1].split(",")[0] for line in summary}
     assert list(results) == [
         "build", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "step", "kernels",
-        "calibration", "table-ViT-B-32", "table-T5-Large",
+        "calibration-ViT-B-32", "calibration-T5-Large", "table-ViT-B-32", "table-T5-Large",
     ]  # fmt: skip
     assert results.pop("step") == "FAILED with exit code 3; see step.txt"
-    assert results.pop("calibration") == "STOPPED after 3 s; see calibration.txt"
+    assert results.pop("calibration-T5-Large") == "STOPPED after 3 s; see calibration-T5-Large.txt"
     assert set(results.values()) == {"passed"}
-    assert "interrupted" in (tmp_path / "out" / "calibration.txt").read_text()
+    assert "interrupted" in (tmp_path / "out" / "calibration-T5-Large.txt").read_text()
     log = (tmp_path / "out" / "table-T5-Large.txt").read_text()
     assert "--benchmark --preset gpu" in log and "--methods talos" in log and "--models T5-Large" in log
+    with tarfile.open(tmp_path / "out.tar.gz") as archive:
+        held = {Path(name).name for name in archive.getnames()}
+    assert {"summary.txt", "machine.txt", "table-T5-Large.txt"} <= held
 
 
 def test_a_part_on_its_own_builds_first_where_that_is_needed(run, tmp_path):
@@ -77,6 +82,28 @@ def test_a_part_on_its_own_builds_first_where_that_is_needed(run, tmp_path):
     assert [line.split(":")[0] for line in summary] == ["tests"]
 
 
+def test_a_relative_python_is_that_of_the_repository_s_root(run, tmp_path):
+    """The libraries are looked for from outside the checkout, where a relative path leads nowhere."""
+    _, summary = run("step", PYTHON=os.path.relpath(tmp_path / "bin" / "python", ROOT), MODELS="")
+    assert [line.split(",")[0].split(";")[0] for line in summary] == ["build: passed", "step: FAILED with exit code 3"]
+
+
+def test_without_models_other_libraries_are_calibrated_too(run):
+    _, summary = run("calibration", MODELS="", LIMIT="1")
+    assert [line.split(":")[0] for line in summary] == [
+        "build", "calibration-ViT-B-32", "calibration-ViT-B-32-timm", "calibration-ViT-L-14", "calibration-T5-Large",
+    ]  # fmt: skip
+
+
+def test_make_takes_the_python_of_the_user_s_path(tmp_path):
+    """And not that of .venv, which has no reason to know a GPU."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu.sh").write_text('echo "$PATH"')
+    made = subprocess.run(["make", "--silent", "gpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.stdout.strip() == os.environ["PATH"], made.stderr
+
+
 def test_nothing_is_measured_without_the_libraries(run):
     done, summary = run(install="exit 1")
     assert done.returncode == 1
@@ -86,9 +113,16 @@ def test_nothing_is_measured_without_the_libraries(run):
     assert "no CUDA operators" in summary[-1]
 
 
-@pytest.mark.parametrize(("parts", "cuda", "message"), [((), 1, "CUDA device"), (("tests", "all"), 0, "no part all")])
-def test_refusals(run, parts, cuda, message):
-    done, summary = run(*parts, cuda=cuda)
+@pytest.mark.parametrize(
+    ("parts", "cuda", "python", "message"),
+    [
+        ((), 1, {}, "CUDA device"),
+        (("tests", "all"), 0, {}, "no part all"),
+        ((), 0, {"PYTHON": "no/python"}, "there is no no/python"),
+    ],
+)
+def test_refusals(run, parts, cuda, python, message):
+    done, summary = run(*parts, cuda=cuda, **python)
     assert done.returncode == 2
     assert message in done.stderr
     assert not summary
