@@ -11,7 +11,7 @@ from workloads import Workload, build
 
 from talos_fast.forward import default_forward, labels_of
 from talos_fast.methods import Options, Request, Setup, get_method
-from talos_fast.methods.base import Deltas
+from talos_fast.methods.base import Deltas, compiled
 from talos_fast.methods.masked import masked
 from talos_fast.profiling.iteration import FinetuneIteration, without_export
 from talos_fast.profiling.measure import run_twice
@@ -46,7 +46,7 @@ def contender(workload: Workload, method: str, variant: str, bf16: bool) -> Fine
         trained, optimizer = as_the_paper_ran_it(method, setup, workload)
         return PaperIteration(replace(setup, trained=trained, optimizer=optimizer), *arguments)
     if variant == "compiled":
-        setup = replace(setup, forward=torch.compile(setup.forward))
+        setup = compiled(setup)
     return FinetuneIteration(setup, *arguments)
 
 

@@ -7,7 +7,6 @@ a process of its own.
 
 import gc
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from talos_fast.environment import environment
 from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import interleave
 from talos_fast.profiling.memory import Memory
-from talos_fast.profiling.work import count_work, entries_that_train, step_bytes
+from talos_fast.profiling.work import entries_that_train, step_bytes
 from talos_fast.storage import write_json
 
 BASELINE = "nonlinear"
@@ -161,22 +160,13 @@ class Table:
         row["alone"] = not self._baselines  # its baselines are those of the rows before it
         if variant == "compiled":
             row["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
-        return row | self._counted(workload, iteration, method, variant)
+        return row | self._counted(iteration, variant)
 
-    def _counted(self, workload: Workload, iteration: FinetuneIteration, method: str, variant: str) -> dict[str, Any]:
+    def _counted(self, iteration: FinetuneIteration, variant: str) -> dict[str, Any]:
         # What the paper ran steps everything that has a selected entry.
         masks = None if variant == "paper" else iteration.setup.mask
         trained = iteration.setup.trained
         counted = {"trained": entries_that_train(trained, masks), "step_bytes": step_bytes(trained, masks)}
         if variant == "compiled":  # nothing can be counted inside; it computes what "eager" does
             return counted
-        iteration.prepare()
-        named = dict(workload.model.named_parameters())
-        known = set(named.values())
-        held = (*trained.values(), *iteration.setup.fixed)  # directions, factors and the start are no activations
-        named |= {f"{method} {number}": t for number, t in enumerate(held) if t not in known}
-        work = count_work(iteration.forward_loss, named, masks)
-        if iteration.setup.info.get("linearized"):  # products of directions are not told from those of activations
-            backward = work.done - work.forward
-            work = replace(work, activation_gradients=backward, weight_gradients=0, selected_gradients=0)
-        return counted | {"work": vars(work)}
+        return counted | {"work": vars(iteration.work(masks))}

@@ -14,11 +14,11 @@ from talos_fast.calibrate import restored
 from talos_fast.checkpoint import Checkpoint
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint, require_base
-from talos_fast.forward import Batches, Forward, default_forward
+from talos_fast.forward import Batches, Forward, default_forward, require_plain
 from talos_fast.mask import Mask
 from talos_fast.methods import Compat, Options, Request, Setup, get_method
-from talos_fast.methods.base import Deltas
-from talos_fast.step import Amp, Loss
+from talos_fast.methods.base import Deltas, compiled
+from talos_fast.step import Amp, Loss, require_amp_and_clip
 from talos_fast.task_vector import TaskVector
 from talos_fast.train import Recipe, Schedule, Trainer
 
@@ -45,6 +45,7 @@ def finetune(
     clip: float | None = 1.0,
     accumulate: int = 1,
     amp: Amp = "auto",
+    compile: bool = False,
     checkpoint_dir: str | Path | None = None,
     resume: bool = True,
     seed: int = 0,
@@ -80,6 +81,8 @@ def finetune(
         clip: largest gradient norm, None for no clipping.
         accumulate: batches an optimizer step.
         amp: "auto" (bf16 autocast on CUDA), "bf16" or "off".
+        compile: compiles the forward, and the backward pass with it, by `torch.compile`. For another mode or backend
+            pass a ``forward`` that is compiled; a module that is compiled is refused.
         checkpoint_dir: where the run's state is kept, written every minute and when it stops.
         resume: take up a checkpoint that is there.
         seed: of everything random.
@@ -90,8 +93,8 @@ def finetune(
         linearized model (``vector.linearized``); `merge` and `search_alpha` evaluate them as they were trained.
 
     Raises:
-        TalosError: bad arguments; a mask of another model; no batch; NaN or infinite logits, loss or gradients (the
-            batch is named and its step not taken); a checkpoint of another run.
+        TalosError: bad arguments; a compiled module; a mask of another model; no batch; NaN or infinite logits, loss or
+            gradients (the batch is named and its step not taken); a checkpoint of another run.
     """
     chosen = get_method(method, compat)
     peak = chosen.lr if lr is None else lr
@@ -101,6 +104,7 @@ def finetune(
     for what, recorded in (("the mask", mask), ("finetuned=", finetuned)):
         if recorded is not None and recorded.base:
             require_base(recorded.base, model, what)
+    require_plain(model)
     base, start = fingerprint(model), time.perf_counter()
 
     def train(setup: Setup, name: str, folder: Path | None) -> Trainer:
@@ -108,6 +112,8 @@ def finetune(
                     "mask": None if setup.mask is None else setup.mask.digest()}  # fmt: skip
         checkpoint = None if folder is None else Checkpoint(folder, identity, resume)
         model.train()
+        if compile:
+            setup = compiled(setup)
         trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, checkpoint)
         trainer.run(progress)
         return trainer
@@ -160,10 +166,7 @@ def _recipe(
         raise TalosError(f"lr={lr}: must be positive")
     if schedule not in ("cosine", "constant"):
         raise TalosError(f"schedule={schedule!r}: choose 'cosine' or 'constant'")
-    if amp not in ("auto", "bf16", "off"):
-        raise TalosError(f"amp={amp!r}: choose 'auto', 'bf16' or 'off'")
-    if clip is not None and not clip > 0:
-        raise TalosError(f"clip={clip}: the largest gradient norm must be positive, or None")
+    require_amp_and_clip(amp, clip)
     if steps is None:
         try:
             count = len(batches)  # type: ignore[arg-type]

@@ -82,6 +82,21 @@ def device_of(model: nn.Module) -> torch.device:
     return parameter.device
 
 
+def require_plain(model: nn.Module) -> None:
+    """Refuses a module that is compiled, itself or in part.
+
+    Methods give parameters and functions other meanings around a forward; what was compiled without them goes wrong.
+
+    Raises:
+        TalosError: names the module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise TalosError(
+                f"{name or type(model).__name__}: the module is compiled; pass the plain one, with compile=True"
+            )
+
+
 def usable_device(device: torch.device | str, what: str) -> torch.device:
     """A device that tensors can be made on.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,18 @@ Amp = Literal["auto", "bf16", "off"]
 
 # Notes that may be unread on CUDA: a step makes two, so the host runs at most two steps ahead.
 LAG = 4
+
+
+def require_amp_and_clip(amp: Amp, clip: float | None) -> None:
+    """Refuses what `Step` would misunderstand.
+
+    Raises:
+        TalosError: names the argument.
+    """
+    if amp not in get_args(Amp):
+        raise TalosError(f"amp={amp!r}: choose 'auto', 'bf16' or 'off'")
+    if clip is not None and not clip > 0:
+        raise TalosError(f"clip={clip}: the largest gradient norm must be positive, or None")
 
 
 def autocasts(amp: Amp, parameter: Tensor) -> bool:

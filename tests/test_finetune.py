@@ -3,16 +3,19 @@
 import copy
 import os
 import signal
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from adam_cases import device_of
 from conftest import HAS_GPU
+from methods_cases import case, mask_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from talos_fast import TalosError, calibrate, evaluate, finetune
+from talos_fast import TalosError, calibrate, evaluate, finetune, profile
+from talos_fast.methods import METHODS
 from talos_fast.train import Recipe
 
 
@@ -219,6 +222,34 @@ def test_accumulation_is_a_larger_batch(net):
 def test_bad_arguments_are_named(net, options, message):
     with pytest.raises(TalosError, match=message):
         finetune(net, loader(), progress=False, **{"method": "nonlinear", **options})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled(method, tmp_path, monkeypatch):
+    """The same vector, with a last batch that is smaller; the compiler's back end is not what is tested."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    vectors = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model, batches = case("clip", tmp_path)
+        batches[-1] = tuple(part[:3] for part in batches[-1])
+        options = {"mask": mask_of(model)} if method == "talos" else {}
+        torch._dynamo.utils.counters.clear()
+        vectors.append(finetune(model, batches, method=method, lr=1e-3, compile=compile, progress=False, **options))
+        assert bool(torch._dynamo.utils.counters["frames"]["ok"]) is compile
+    plain, found = (vector.to_dense() for vector in vectors)
+    norm = torch.cat([delta.flatten() for delta in plain.values()]).norm()
+    assert found.keys() == plain.keys() and norm > 0
+    assert torch.cat([(found[name] - plain[name]).flatten() for name in plain]).norm() < 1e-3 * norm
+
+
+def test_what_is_compiled_is_refused(net):
+    with pytest.raises(TalosError, match=r"OptimizedModule: the module is compiled; .* compile=True"):
+        finetune(torch.compile(net), loader(), method="nonlinear")
+    net.b.compile()
+    for run in (finetune, profile):
+        with pytest.raises(TalosError, match="b: the module is compiled"):
+            run(net, loader(), method="nonlinear")
 
 
 def test_masks_that_do_not_fit(net):

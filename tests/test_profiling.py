@@ -6,12 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from methods_cases import case, setup_of
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 import talos_fast as talos
 from talos_fast.cli import app
+from talos_fast.methods import METHODS
+from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import PHASES, Timings, interleave
 from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.work import count_work, step_bytes, touched_sectors
@@ -74,6 +78,26 @@ class TestWork:
             low = count_work(loss, dict(layer.named_parameters()))
         assert low.weight_gradients == projections
         assert all(p.grad is None for p in layer.parameters())
+
+    def test_casts_of_parameters_are_no_activations(self):
+        model = chain((1, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            work = count(model, torch.randn(N, 7))
+        assert work.saved_bytes == 2 * N * (11 + 13)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_method_is_counted(self, method, tmp_path):
+        """The floor of a linear method is what its tangents cost beside the pass of the values."""
+        model, batches = case("clip", tmp_path)
+        iteration = FinetuneIteration(setup_of(model, method), model, batches[0], functional.cross_entropy, 1.0, "off")
+        work = iteration.work(iteration.setup.mask)
+        model, batches = case("clip", tmp_path)
+        full = FinetuneIteration(setup_of(model, "nonlinear"), model, batches[0], functional.cross_entropy, 1.0, "off")
+        plain = full.work()
+        assert work.forward == plain.forward if method not in ("linearized", "l-lora") else work.forward > plain.forward
+        assert work.floor <= work.done and work.saved_bytes > 0
+        if method in ("talos", "lota"):
+            assert work.floor < plain.done and work.saved_bytes <= plain.saved_bytes
 
     def test_bytes_of_a_step(self):
         p = {"w": torch.zeros(4, 16), "b": torch.zeros(4)}
@@ -200,6 +224,13 @@ class TestProfile:
         text = str(found)
         assert "Net" in text and "/ nonlinear" in text and "GFLOP" in text and "clip+step" in text
 
+    def test_compiled(self):
+        model = Net()
+        found = talos.profile(model, batches(), mask=mask_of(model), rounds=1, warmup=0, compile=True)
+        assert found.rows["talos"].work.floor == 2 * 4 * (48 + 2 * 24 + 48 * 2 // 8)
+        assert found.about["compiled"] and "interleaved, compiled" in str(found)
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
     def test_full_fine_tuning_alone(self):
         assert list(talos.profile(Net(), batches(), method="nonlinear", rounds=1, warmup=0).rows) == ["nonlinear"]
 
@@ -213,6 +244,9 @@ class TestProfile:
             ({"mask": None, "method": "lota"}, "needs finetuned="),
             ({"method": "nonlinear"}, "mask= means nothing to method 'nonlinear'"),
             ({"trace": "/no/such/folder/trace.json"}, "trace=/no/such/folder/trace.json"),
+            ({"amp": "fp8"}, "amp='fp8': choose"),
+            ({"clip": 0.0}, "clip=0.0: the largest gradient norm must be positive"),
+            ({"clip": float("nan")}, "clip=nan: the largest gradient norm must be positive"),
         ],
     )
     def test_errors(self, arguments, message):

@@ -94,5 +94,5 @@ COMMANDS += re.findall(r"`(talos-fast [a-z][^`]*)`", (ROOT / "README.md").read_t
 @pytest.mark.parametrize("line", [" ".join(line.split()) for line in COMMANDS])
 def test_commands_have_these_options(line):
     """Parsed, not run."""
-    command, *arguments = shlex.split(line)[1:]
+    command, *arguments = shlex.split(line, comments=True)[1:]
     typer.main.get_command(app).commands[command].make_context(command, arguments)

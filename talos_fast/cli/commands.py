@@ -110,6 +110,7 @@ def finetune(
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
     accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     amp: Annotated[Amp, typer.Option(help="bf16 autocast; auto: on CUDA.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile, around forward and backward.")] = False,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Default: OUT/checkpoint, removed when done.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint that is there.")] = True,
     batch_size: o.BatchSize = 128,
@@ -127,7 +128,7 @@ def finetune(
             vector = talos.finetune(
                 classifier, batches, method=method, mask=selected, density=density, finetuned=full, rank=rank,
                 lora_alpha=lora_alpha, compat=compat, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay,
-                warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp,
+                warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, compile=compile,
                 checkpoint_dir=checkpoint, resume=resume, seed=run.seed, progress=not run.quiet,
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -27,6 +27,7 @@ def profile(
     lora_alpha: Annotated[float | None, typer.Option(help="Of adapters; for l-lora.")] = None,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
     amp: Annotated[Amp, typer.Option(help="bf16 autocast; auto: on CUDA.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile, around forward and backward.")] = False,
     rounds: Annotated[int, typer.Option(help="Measurements of each, interleaved.")] = 5,
     warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 2,
     trace: Annotated[Path | None, typer.Option(help="One iteration as a Chrome trace: .json or .json.gz.")] = None,
@@ -43,7 +44,7 @@ def profile(
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
     found = talos.profile(
         classifier, batches, method=method, mask=selected, density=density, finetuned=changed, rank=rank,
-        lora_alpha=lora_alpha, clip=clip or None, amp=amp, rounds=rounds, warmup=warmup, trace=trace,
+        lora_alpha=lora_alpha, clip=clip or None, amp=amp, compile=compile, rounds=rounds, warmup=warmup, trace=trace,
     )  # fmt: skip
     typer.echo(str(found))
     if out is not None:

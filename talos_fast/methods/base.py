@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -81,6 +82,11 @@ class Setup:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     fixed: Collection[Tensor] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compiled(setup: Setup) -> Setup:
+    """The setup with `torch.compile` around its forward."""
+    return replace(setup, forward=torch.compile(setup.forward))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from talos_fast.forward import Batch
 from talos_fast.methods import Setup
 from talos_fast.methods.base import Deltas
 from talos_fast.profiling.measure import Mark
+from talos_fast.profiling.work import Work, count_work
 from talos_fast.step import Amp, Loss, Step
 
 LR = 1e-5
@@ -32,6 +33,7 @@ class FinetuneIteration:
     def __init__(self, setup: Setup, model: nn.Module, batch: Batch, loss: Loss, clip: float | None, amp: Amp) -> None:
         self.setup, self._batch, self._clip = setup, batch, clip
         self._step = Step(setup, model, loss, clip=clip, amp=amp)
+        self._named: dict[str, Tensor] = dict(model.named_parameters())
         self._flags: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
 
     def prepare(self) -> None:
@@ -42,6 +44,22 @@ class FinetuneIteration:
     def forward_loss(self) -> Tensor:
         """The scalar loss of the batch."""
         return self._step.forward_loss(self._batch, "the batch")
+
+    def work(self, masks: Mapping[str, Tensor] | None = None) -> Work:
+        """What it must compute; forward must not be compiled, since nothing can be counted inside.
+
+        A linearized model's products with directions are not told from those with activations: all that its backward
+        pass computes counts as gradients of activations.
+        """
+        self.prepare()
+        known = set(self._named.values())
+        held = (*self.setup.trained.values(), *self.setup.fixed)  # directions, factors and the start are no activations
+        named = self._named | {str(number): t for number, t in enumerate(held) if t not in known}
+        work = count_work(self.forward_loss, named, masks)
+        if self.setup.info.get("linearized"):
+            backward = work.done - work.forward
+            work = replace(work, activation_gradients=backward, weight_gradients=0, selected_gradients=0)
+        return work
 
     def run(self, mark: Mark) -> None:
         """One iteration; see `Iteration`."""

@@ -13,16 +13,16 @@ from talos_fast.calibrate import restored
 from talos_fast.environment import environment
 from talos_fast.errors import TalosError
 from talos_fast.finetune import kept_flags_and_modes
-from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, labels_of, to_device
+from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, labels_of, require_plain, to_device
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
-from talos_fast.methods.base import Deltas
+from talos_fast.methods.base import Deltas, compiled
 from talos_fast.profiling.iteration import LR, FinetuneIteration, without_export
 from talos_fast.profiling.measure import interleave, run_twice
 from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.result import BASELINE, Profile, Row
-from talos_fast.profiling.work import Work, count_work, entries_that_train, step_bytes
-from talos_fast.step import Amp, Loss, autocasts
+from talos_fast.profiling.work import Work, entries_that_train, step_bytes
+from talos_fast.step import Amp, Loss, autocasts, require_amp_and_clip
 from talos_fast.task_vector import TaskVector
 
 
@@ -40,6 +40,7 @@ def profile(
     loss: Loss | None = None,
     clip: float | None = 1.0,
     amp: Amp = "auto",
+    compile: bool = False,
     rounds: int = 5,
     warmup: int = 2,
     trace: str | Path | None = None,
@@ -52,8 +53,8 @@ def profile(
     Args:
         model: as for `finetune`.
         batches: its first batch is used again and again; reading it is not timed.
-        method, mask, density, finetuned, rank, lora_alpha, forward, loss, clip, amp: as for `finetune`; "lota" needs
-            ``finetuned``, since its first run is a full fine-tuning.
+        method, mask, density, finetuned, rank, lora_alpha, forward, loss, clip, amp, compile: as for `finetune`; "lota"
+            needs ``finetuned``, since its first run is a full fine-tuning.
         rounds: measurements of each.
         warmup: rounds before them.
         trace: where to write one more iteration of ``method``, a Chrome trace of `torch.profiler`: .json or .json.gz.
@@ -68,13 +69,15 @@ def profile(
         raise TalosError(f"rounds={rounds}, warmup={warmup}: give one round or more, and no negative warm-up")
     if trace is not None and not Path(trace).resolve().parent.is_dir():
         raise TalosError(f"trace={trace}: its folder does not exist; make it first")
+    require_plain(model)
+    require_amp_and_clip(amp, clip)
     options = Options(mask, density, finetuned, rank, lora_alpha)
     get_method(method).check(options)
     device = device_of(model)
     batch = to_device(_first(batches), device)
     with _unchanged(model), restored(dict(model.named_parameters())):
         model.train()
-        bench = _Bench(model, batch, forward or default_forward, loss or F.cross_entropy, clip, amp)
+        bench = _Bench(model, batch, forward or default_forward, loss or F.cross_entropy, clip, amp, compile)
         for name in dict.fromkeys((BASELINE, method)):
             bench.add(name, options if name == method else Options())
         rows = bench.rows(rounds, warmup)
@@ -82,7 +85,8 @@ def profile(
             _write_trace(bench.running[method], Path(trace))
     about = environment(device) | {
         "model": type(model).__name__, "batch": len(labels_of(batch, "the batch")), "bf16": bench.bf16,
-        "dtype": str(bench.dtype).removeprefix("torch."), "rounds": rounds, "clip": clip,
+        "dtype": str(bench.dtype).removeprefix("torch."), "compiled": compile,
+        "rounds": rounds, "clip": clip,
         "model_bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
     }  # fmt: skip
     return Profile(rows, about)
@@ -92,29 +96,26 @@ class _Bench:
     """Methods that share one model, ready to be timed in turn."""
 
     def __init__(
-        self, model: nn.Module, batch: Batch, forward: Forward, loss: Loss, clip: float | None, amp: Amp
+        self, model: nn.Module, batch: Batch, forward: Forward, loss: Loss, clip: float | None, amp: Amp, compile: bool
     ) -> None:
         self._model, self._batch, self._forward, self._loss = model, batch, forward, loss
-        self._clip, self._amp = clip, amp
+        self._clip, self._amp, self._compile = clip, amp, compile
         self._parameters = dict(model.named_parameters())
         self._flags = {p: p.requires_grad for p in self._parameters.values()}
         first = next(iter(self._parameters.values()))
         self.device, self.dtype, self.bf16 = first.device, first.dtype, autocasts(amp, first)
         self.running: dict[str, FinetuneIteration] = {}
-        self._works: dict[str, Work | None] = {}
+        self._works: dict[str, Work] = {}
         self._peaks: dict[str, int | None] = {}
 
     def add(self, name: str, options: Options) -> None:
         """Counts what a method does and reads its peak memory."""
-        counted = self._start(name, options)
-        linearized = counted.setup.info.get("linearized", False)
-        self._works[name] = None if linearized else count_work(
-            counted.forward_loss, self._parameters, counted.setup.mask
-        )  # fmt: skip
+        counted = self._start(name, options, compile=False)  # nothing can be counted inside of what is compiled
+        self._works[name] = counted.work(counted.setup.mask)
         del counted
         memory = Memory(self.device)
         before = memory.held()
-        self.running[name] = self._start(name, options)
+        self.running[name] = self._start(name, options, self._compile)
         self._peaks[name] = above(before, memory.peak(partial(run_twice, self.running[name])))
 
     def rows(self, rounds: int, warmup: int) -> dict[str, Row]:
@@ -129,11 +130,13 @@ class _Bench:
             )  # fmt: skip
         return rows
 
-    def _start(self, name: str, options: Options) -> FinetuneIteration:
+    def _start(self, name: str, options: Options, compile: bool) -> FinetuneIteration:
         for p, flag in self._flags.items():
             p.requires_grad_(flag)
         request = Request(self._model, self._forward, LR, 0.1, options, _no_first_run)
         setup = without_export(get_method(name).prepare(request))
+        if compile:
+            setup = compiled(setup)
         return FinetuneIteration(setup, self._model, self._batch, self._loss, self._clip, self._amp)
 
 

@@ -17,14 +17,14 @@ class Row:
     Args:
         timings: seconds by phase.
         peak_bytes: highest memory above the model itself (gradients, moments, activations); None if it cannot be read.
-        work: FLOPs and saved bytes; None for linearized methods, whose passes are not the model's own.
+        work: FLOPs and saved bytes.
         step_bytes: what the optimizer's step must move.
         trained: entries that move.
     """
 
     timings: Timings
     peak_bytes: int | None
-    work: Work | None
+    work: Work
     step_bytes: int
     trained: int
 
@@ -71,7 +71,7 @@ class Profile:
         return (
             f"{a['model']}, {a['model_bytes'] / 2**20:.1f} MiB, batch of {a['batch']}, {precision}; "
             f"{a['device_name']}, {a['threads']} threads, torch {a['torch']}; "
-            f"medians of {a['rounds']} rounds, interleaved"
+            f"medians of {a['rounds']} rounds, interleaved{', compiled' if a['compiled'] else ''}"
         )
 
 
@@ -91,12 +91,12 @@ def _counted(name: str, row: Row) -> str:
     """The counted floor beside what was reached."""
     seconds = row.timings.median("step")
     step = f"step: {row.trained:,} entries, {row.step_bytes / 1e6:.2f} MB, {row.step_bytes / 1e9 / seconds:.1f} GB/s"
-    if row.work is None:
-        return f"{name} {step}"
     work, elapsed = row.work, row.timings.median(*COLUMNS["fwd-bwd"])
+    backward = f"{work.activation_gradients / 1e9:.3g} backward"
+    if (weight := work.weight_gradients / 1e9) > 0:  # of a linearized model they are not told apart
+        backward = f"{work.activation_gradients / 1e9:.3g} activation, {weight:.3g} weight gradients"
     return (
-        f"{name} counted: {work.done / 1e9:.2f} GFLOP ({work.forward / 1e9:.2f} forward, "
-        f"{work.activation_gradients / 1e9:.2f} activation, {work.weight_gradients / 1e9:.2f} weight gradients), "
-        f"{work.done / 1e9 / elapsed:.1f} GFLOP/s; with the selected rows only {work.floor / 1e9:.2f}; "
+        f"{name} counted: {work.done / 1e9:.3g} GFLOP ({work.forward / 1e9:.3g} forward, {backward}), "
+        f"with the selected rows only {work.floor / 1e9:.3g}: {work.floor / 1e9 / elapsed:.3g} GFLOP/s; "
         f"kept for backward {work.saved_bytes / 2**20:.1f} MiB\n{name} {step}"
     )

@@ -1,6 +1,6 @@
 """What an iteration must compute and move, counted and not measured."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -25,7 +26,7 @@ class Work:
         activation_gradients: FLOPs of the gradients of activations, down to the lowest layer that trains.
         weight_gradients: FLOPs of the gradients of the tensors that train, computed whole.
         selected_gradients: of these, the rows in which an entry is selected.
-        saved_bytes: of the tensors that autograd keeps for the backward pass, parameters not counted.
+        saved_bytes: of the tensors that autograd keeps for the backward pass, parameters and casts of them not counted.
     """
 
     forward: int
@@ -63,12 +64,18 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up FLOPs, and those of each product that a parameter enters: its weight gradient costs as many again."""
+    """Adds up FLOPs, and those of each product that a parameter enters: its weight gradient costs as many again.
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    Args:
+        parameters: those that train, by name.
+        own: storages of all parameters; those of casts are added.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], own: dict[int, StorageWeakRef]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.of_parameter: dict[str, int] = {}
+        self._own = own
         # A bias enters products too, but its gradient is a sum.
         self._names = {_storage(p): name for name, p in parameters.items() if p.dim() > 1}
         self._formulas = _formulas()
@@ -78,8 +85,10 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         names = [self._names[key] for key in map(_storage, _tensors(args)) if key in self._names]
-        if func._overloadpacket is torch.ops.aten._to_copy and names:
-            self._names[_storage(output)] = names[0]  # autocast's copy of a parameter stands for it
+        if func._overloadpacket is torch.ops.aten._to_copy and _storage(args[0]) in self._own:
+            self._own |= _storages([output])  # autocast's copy of a parameter stands for it
+            if names:
+                self._names[_storage(output)] = names[0]
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             flops = int(formula(*args, **(kwargs or {}), out_val=output))
@@ -97,6 +106,11 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _storages(tensors: Iterable[Tensor]) -> dict[int, StorageWeakRef]:
+    """While a weak reference lives, no other storage gets the number of one that was freed."""
+    return {_storage(tensor): StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
+
+
 def count_work(
     forward_loss: Callable[[], Tensor],
     parameters: Mapping[str, Tensor],
@@ -110,7 +124,7 @@ def count_work(
         masks: which of their entries train, bool, of their shape; by default all.
     """
     saved: dict[int, int] = {}
-    own = {_storage(p) for p in parameters.values()}
+    own = _storages(parameters.values())
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -118,7 +132,7 @@ def count_work(
             saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    forward, backward = _Counter(trained), _Counter({})
+    forward, backward = _Counter(trained, own), _Counter({}, own)
     with forward, saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = forward_loss()
     with backward:
