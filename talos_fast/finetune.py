@@ -101,10 +101,10 @@ def finetune(
     recipe = _recipe(batches, epochs, steps, peak, warmup, schedule, clip, accumulate, amp, seed)
     options = Options(mask, density, finetuned, rank, lora_alpha)
     chosen.check(options)
+    require_plain(model)
     for what, recorded in (("the mask", mask), ("finetuned=", finetuned)):
         if recorded is not None and recorded.base:
             require_base(recorded.base, model, what)
-    require_plain(model)
     base, start = fingerprint(model), time.perf_counter()
 
     def train(setup: Setup, name: str, folder: Path | None) -> Trainer:

@@ -91,7 +91,7 @@ def require_plain(model: nn.Module) -> None:
         TalosError: names the module.
     """
     for name, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise TalosError(
                 f"{name or type(model).__name__}: the module is compiled; pass the plain one, with compile=True"
             )

@@ -244,8 +244,9 @@ def test_compiled(method, tmp_path, monkeypatch):
 
 
 def test_what_is_compiled_is_refused(net):
+    mask = calibrate(net, loader(), progress=False)
     with pytest.raises(TalosError, match=r"OptimizedModule: the module is compiled; .* compile=True"):
-        finetune(torch.compile(net), loader(), method="nonlinear")
+        finetune(torch.compile(net), loader(), mask=mask)
     net.b.compile()
     for run in (finetune, profile):
         with pytest.raises(TalosError, match="b: the module is compiled"):
