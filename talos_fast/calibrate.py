@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ def calibrate(
     """
     start = time.perf_counter()
     fraction = resolve_density(density, sparsity)
-    if rounds < 1:
-        raise TalosError(f"rounds={rounds}: at least one is needed")
+    if not (isinstance(rounds, Integral) and rounds >= 1):
+        raise TalosError(f"rounds={rounds}: must be an integer, at least 1")
     if not 0.0 <= damage <= 1.0:
         raise TalosError(
             f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"

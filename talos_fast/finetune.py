@@ -1,8 +1,10 @@
 """`finetune`: train a model on a task, and get the task vector."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +162,10 @@ def _recipe(
         raise TalosError(f"epochs={epochs} and steps={steps}: give one of them")
     for name, value, least in (("epochs", epochs, 1), ("steps", steps, 1), ("accumulate", accumulate, 1),
                                ("warmup", warmup, 0)):  # fmt: skip
-        if value is not None and value < least:
-            raise TalosError(f"{name}={value}: must be at least {least}")
-    if not lr > 0:
-        raise TalosError(f"lr={lr}: must be positive")
+        if value is not None and not (isinstance(value, Integral) and value >= least):
+            raise TalosError(f"{name}={value}: must be an integer, at least {least}")
+    if not 0 < lr < math.inf:
+        raise TalosError(f"lr={lr}: must be positive and finite")
     if schedule not in ("cosine", "constant"):
         raise TalosError(f"schedule={schedule!r}: choose 'cosine' or 'constant'")
     require_amp_and_clip(amp, clip)

@@ -179,5 +179,5 @@ class Trainer:
             self._step.watch.settle()
         finally:
             self._advance()
-            if self._checkpoint:
+            if self._checkpoint and self._progress.position.step:
                 self._checkpoint.save(self._setup.trained, self._setup.optimizer, self._progress)

@@ -263,6 +263,7 @@ def test_info_says_how():
     ({"density": 0}, "density=0.0"),
     ({"density": 0.1, "sparsity": 0.9}, "give one of them"),
     ({"rounds": 0}, "rounds=0"),
+    ({"rounds": 2.5}, "rounds=2.5: must be an integer"),
     ({"damage": 2}, "damage=2"),
     ({"samples_per_input": 0}, "samples_per_input=0"),
     ({"include": ["x*"]}, "'x\\*' matches no parameter"),

@@ -151,6 +151,12 @@ def test_a_checkpoint_of_another_run_is_refused(net, tmp_path):
     finetune(start, loader(), method="nonlinear", steps=3, checkpoint_dir=tmp_path, resume=False, progress=False)
 
 
+def test_a_run_that_took_no_step_says_why_and_leaves_no_checkpoint(net, tmp_path):
+    with pytest.raises(TalosError, match="epoch 0, batch 0: labels 7 … 7"):
+        finetune(net, [(torch.randn(8, 12), torch.full((8,), 7))], method="nonlinear", checkpoint_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("where", ["logits", "loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_step(net, tmp_path, where):
     """Batch 5 goes wrong; the model stays where step 5 left it, and so does the checkpoint."""
@@ -212,8 +218,10 @@ def test_accumulation_is_a_larger_batch(net):
     ({"method": "talos"}, "needs mask="),
     ({"epochs": 1, "steps": 1}, "give one of them"),
     ({"steps": 0}, "steps=0"),
-    ({"warmup": -1}, "warmup=-1: must be at least 0"),
+    ({"steps": 2.5}, "steps=2.5: must be an integer, at least 1"),
+    ({"warmup": -1}, "warmup=-1: must be an integer, at least 0"),
     ({"lr": 0.0}, "lr=0.0"),
+    ({"lr": float("inf")}, "lr=inf: must be positive and finite"),
     ({"clip": 0.0}, "clip=0.0"),
     ({"schedule": "linear"}, "schedule='linear'"),
     ({"amp": "fp8"}, "amp='fp8'"),
