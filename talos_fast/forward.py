@@ -85,7 +85,7 @@ def device_of(model: nn.Module) -> torch.device:
 def require_plain(model: nn.Module) -> None:
     """Refuses a module that is compiled, itself or in part.
 
-    Methods give parameters and functions other meanings around a forward; what was compiled without them goes wrong.
+    Methods give parameters and functions other meanings around a forward; linearized ones lost their gradient in it.
 
     Raises:
         TalosError: names the module.
