@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
-from talos_fast.forward import Batches, Forward, default_forward
+from talos_fast.forward import Batches, Forward, default_forward, device_of
 from talos_fast.interrupt import interruptible
 from talos_fast.mask import Mask, resolve_density
-from talos_fast.rounds import Masks, RoundFile, Survivors
+from talos_fast.random_state import repeatable
+from talos_fast.rounds import Masks, RoundFile, Survivors, data_digest
 from talos_fast.sensitivity.engine import Ledger, Scorer, progress_bar
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.ranks import Ranks
@@ -64,7 +65,8 @@ def calibrate(
 
     Args:
         model: the pre-trained model; `talos_fast.sensitivity.maskable_parameters` chooses its maskable parameters.
-        batches: ``(inputs, labels)`` or mappings with ``labels``, read once a round; about 512 inputs are enough.
+        batches: ``(inputs, labels)`` or mappings with ``labels``, read once a round, in the same order: torch's
+            generators start over. About 512 inputs are enough.
         density: the fraction that trains, in (0, 1]; default 0.1, the paper's. At 0.3 three small models learned 2 to 9
             points more and added as well or better (benchmarks/README.md), but MLPs train too, which costs time.
         sparsity: 1 - density, instead of it.
@@ -77,9 +79,9 @@ def calibrate(
         precision: "full" or "bf16", of the products of inputs and gradients; see `sensitivities`.
         scores_device: where the scores are kept; default: with their parameters.
         stability: report how far masks made from the even and from the odd batches agree.
-        checkpoint_dir: where complete rounds are kept.
+        checkpoint_dir: where complete rounds are kept. Other batches than theirs are refused, by the first one.
         resume: take up a round that is there.
-        seed: of the probes.
+        seed: of the probes, and of the order of batches that have no generator of their own.
         progress: bars on a terminal.
 
     Returns:
@@ -106,7 +108,7 @@ def calibrate(
     parameters = maskable_parameters(model, include, exclude)
     scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
     total = sum(p.numel() for p in parameters.values())
-    if iter(batches) is batches and rounds > 1:
+    if isinstance(batches, Iterator):
         batches = list(batches)  # an iterator can be read once, the rounds read it again
     base = fingerprint(model)
     recipe: dict[str, Any] = {
@@ -114,9 +116,12 @@ def calibrate(
         "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
     }  # fmt: skip
     identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
-    file = RoundFile(checkpoint_dir, identity, resume)
-    state = file.load(parameters, ranks) or Survivors.all(parameters, stability)
-    with restored(parameters if rounds > 1 and damage != 1.0 else {}), interruptible() as interrupted:
+    moved = parameters if rounds > 1 and damage != 1.0 else {}
+    with repeatable(batches, seed, device_of(model)) as batches, restored(moved), interruptible() as interrupted:
+        if checkpoint_dir is not None:
+            identity["data"] = data_digest(batches, ranks)
+        file = RoundFile(checkpoint_dir, identity, resume)
+        state = file.load(parameters, ranks) or Survivors.all(parameters, stability)
         _damage(parameters, {name: ~kept for name, kept in state.kept.items()}, damage)
         while state.round < rounds:
             number = state.round + 1

@@ -1,5 +1,6 @@
 """A run that can be taken up again, one safetensors file: trained parameters, optimizer, position and random state."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,39 +25,56 @@ class Position:
     batch: int = 0
 
 
-class RandomState:
-    """torch's generators: the CPU's, the device's, and the one that shuffles the batches, if they have their own."""
-
-    def __init__(self, batches: Any, device: torch.device) -> None:
-        loader = getattr(batches, "generator", None)
-        self._loader = loader if isinstance(loader, torch.Generator) else None
-        self._device = device if device.type == "cuda" else None
-
-    def get(self) -> dict[str, Tensor]:
-        """The states, as byte tensors."""
-        states = {"cpu": torch.get_rng_state()}
-        if self._device is not None:
-            states["cuda"] = torch.cuda.get_rng_state(self._device)
-        if self._loader is not None:
-            states["loader"] = self._loader.get_state()
-        return states
-
-    def set(self, states: Mapping[str, Tensor]) -> None:
-        """Brings back what `get` gave; of generators that both sides have."""
-        torch.set_rng_state(states["cpu"])
-        if self._device is not None and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self._device)
-        if self._loader is not None and "loader" in states:
-            self._loader.set_state(states["loader"])
-
-
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint holds beside parameters and moments: where the run stands, and the random states there."""
+    """What a checkpoint holds beside parameters and moments.
+
+    Args:
+        position: where the run stands.
+        epoch_random: the random states at the start of the epoch.
+        step_random: those after the last step.
+        data: `batch_digest` of the epoch's first batch; empty without a checkpoint.
+        loss: of the last batch, shape ().
+    """
 
     position: Position
     epoch_random: dict[str, Tensor]
     step_random: dict[str, Tensor]
+    data: str
+    loss: Tensor
+
+
+def require_same_run(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuses a file of another run; the key "data" stands for a digest of a batch.
+
+    Raises:
+        TalosError: says what differs.
+    """
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            what = f"{key}={theirs.get(key)!r}, this one has {key}={value!r}"
+            if key == "data":
+                what = "other batches: other data, another batch size, or another order"
+            raise TalosError(
+                f"{path}: of a run with {what}; use another checkpoint_dir, or start over with resume=False "
+                "(--no-resume)"
+            )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read: where its run stands, and what that run had moved."""
+
+    progress: Progress
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[int, Mapping[str, Tensor]]
+
+    @torch.no_grad()
+    def restore(self, trained: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Puts parameters and moments back where `Checkpoint.save` found them."""
+        for name, p in trained.items():
+            p.copy_(self.parameters[name])
+        optimizer.load_state_dict({"state": self.moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Checkpoint:
@@ -84,12 +102,14 @@ class Checkpoint:
             tensors |= {f"optimizer.{number}.{key}": value.detach().cpu() for key, value in state.items()}
         tensors |= {f"epoch_random.{key}": value for key, value in progress.epoch_random.items()}
         tensors |= {f"step_random.{key}": value for key, value in progress.step_random.items()}
-        content = {"identity": self._identity, "position": asdict(progress.position)}
+        content = {
+            "identity": self._identity, "position": asdict(progress.position), "data": progress.data,
+            "loss": float(progress.loss),
+        }  # fmt: skip
         storage.write(self.path, "checkpoint", tensors, content)
 
-    @torch.no_grad()
-    def load(self, trained: Mapping[str, Tensor], optimizer: Optimizer) -> Progress | None:
-        """Puts parameters and moments back where `save` found them; None if there is nothing to take up.
+    def read(self) -> Saved | None:
+        """What `save` wrote; None if there is nothing to take up.
 
         Raises:
             TalosError: the file is damaged, or of a run with another base, mask or recipe; says what differs.
@@ -97,22 +117,17 @@ class Checkpoint:
         if not (self._resume and self.path.exists()):
             return None
         _, tensors, content = storage.read(self.path, ("checkpoint",))
-        for key, mine in self._identity.items():
-            theirs = content["identity"].get(key)
-            if theirs != mine:
-                raise TalosError(
-                    f"{self.path}: a run with {key}={theirs!r}, this one has {key}={mine!r}; "
-                    "use another checkpoint_dir, or resume=False to start over"
-                )
+        require_same_run(self.path, content["identity"], self._identity)
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, key = name.split(".", 1)
             parts.setdefault(part, {})[key] = tensor
-        for name, p in trained.items():
-            p.copy_(parts["parameter"][name])
-        state: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts.get("optimizer", {}).items():
             number, key = name.split(".", 1)
-            state.setdefault(int(number), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return Progress(Position(**content["position"]), parts["epoch_random"], parts["step_random"])
+            moments.setdefault(int(number), {})[key] = tensor
+        progress = Progress(
+            Position(**content["position"]), parts["epoch_random"], parts["step_random"],
+            content.get("data", ""), torch.tensor(content.get("loss", math.nan)),
+        )  # fmt: skip
+        return Saved(progress, parts["parameter"], moments)

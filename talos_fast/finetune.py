@@ -85,7 +85,8 @@ def finetune(
         amp: "auto" (bf16 autocast on CUDA), "bf16" or "off".
         compile: compiles the forward, and the backward pass with it, by `torch.compile`. For another mode or backend
             pass a ``forward`` that is compiled; a module that is compiled is refused.
-        checkpoint_dir: where the run's state is kept, written every minute and when it stops.
+        checkpoint_dir: where the run's state is kept, written every minute and when it stops. Other batches than its
+            own are refused, by the first of the epoch; random augmentation must draw from torch's generators.
         resume: take up a checkpoint that is there.
         seed: of everything random.
         progress: a bar on a terminal.

@@ -1,4 +1,4 @@
-"""Which base model a mask or a task vector belongs to: a digest of every parameter's bits."""
+"""Which base model a mask or a task vector belongs to, and which data a run: digests of bits."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
+from talos_fast.forward import Batch, map_tensors
 
 Fingerprint = dict[str, str]
 """Parameter name -> "dtype shape digest", such as "float32 768x768 9f86d081884c7d65"."""
@@ -63,6 +64,18 @@ def identify(tensor: Tensor) -> str:
 def digest(recorded: Fingerprint) -> str:
     """One digest, as hex, of a whole fingerprint."""
     return hashlib.blake2b(repr(sorted(recorded.items())).encode(), digest_size=8).hexdigest()
+
+
+def batch_digest(batch: Batch) -> str:
+    """One digest, as hex, of all tensors of a batch."""
+    found: Fingerprint = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        found[str(len(found))] = identify(tensor)
+        return tensor
+
+    map_tensors(note, batch)
+    return digest(found)
 
 
 def base_numel(recorded: Fingerprint) -> int:

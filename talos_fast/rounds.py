@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from talos_fast.checkpoint import require_same_run
 from talos_fast.errors import TalosError
+from talos_fast.fingerprint import batch_digest
+from talos_fast.forward import Batches
 from talos_fast.mask import Mask
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.stability import watched_rows
@@ -75,12 +78,26 @@ class Survivors:
         return {name: mask.view_as(self.kept[name]) for name, mask in alive.items()}
 
 
+def data_digest(batches: Batches, ranks: Ranks) -> str:
+    """A digest, as hex, of the first batch of every rank together; reads no more."""
+    found = 0
+
+    def look() -> None:
+        nonlocal found
+        for batch in batches:
+            found = int(batch_digest(batch)[:12], 16)  # so that sums stay within int64
+            return
+
+    ranks.together(look)
+    return f"{ranks.total(found):x}"
+
+
 class RoundFile:
     """The file of the last complete round.
 
     Args:
         folder: made when the first round is complete; None keeps nothing.
-        identity: what must be equal for a run to go on (JSON): the base, the recipe.
+        identity: what must be equal for a run to go on (JSON): the base, the recipe, the data.
         resume: whether a file that is there is taken up; if not, it is overwritten.
     """
 
@@ -116,12 +133,7 @@ class RoundFile:
             part, name = key.split(":", 1)
             masks.setdefault(part, {})[name] = tensor
         theirs = {**file.info.get("identity", {}), "parameters": sorted(masks.get("0", {}))}
-        for key, mine in {**self._identity, "parameters": sorted(parameters)}.items():
-            if theirs.get(key) != mine:
-                raise TalosError(
-                    f"{self.path}: a calibration with {key}={theirs.get(key)!r}, this one has {key}={mine!r}; use "
-                    "another checkpoint_dir, or resume=False to start over"
-                )
+        require_same_run(self.path, theirs, {**self._identity, "parameters": sorted(parameters)})
         kept = {name: masks["0"][name].to(p.device) for name, p in parameters.items()}
         halves = [masks[part] for part in ("1", "2") if part in masks]
         return Survivors([kept, *halves], watched_rows(parameters), **file.info["progress"])

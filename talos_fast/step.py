@@ -54,6 +54,9 @@ class Step:
         accumulate: batches an update; each loss is divided by it.
         amp: bf16 autocast; see `autocasts`.
         lag: see `Watch`; default: 0 on the CPU or if the optimizer cannot skip a step on the device.
+
+    Attributes:
+        last_loss: of the last batch, shape (), on the device.
     """
 
     def __init__(
@@ -71,12 +74,7 @@ class Step:
         if lag is None:
             lag = LAG if self.device.type == "cuda" and self._skips else 0
         self.watch = Watch(self.device, lag)
-        self._last_loss = torch.tensor(math.nan)
-
-    @property
-    def last_loss(self) -> float:
-        """Of the last batch; waits for it."""
-        return float(self._last_loss)
+        self.last_loss: Tensor
 
     def forward_loss(self, batch: Batch, where: str) -> Tensor:
         """The scalar loss of a batch; ``where`` names it in errors."""
@@ -87,8 +85,8 @@ class Step:
             wide = logits if logits.dtype == torch.float64 else logits.float()
             # A label out of range is reported below; it must not stop the device before that.
             loss = self._loss(wide, labels.clamp(0, classes - 1))
-        self._last_loss = loss.detach()
-        facts = torch.cat([logits_facts(wide.detach(), labels), self._last_loss.reshape(1)])
+        self.last_loss = loss.detach()
+        facts = torch.cat([logits_facts(wide.detach(), labels), self.last_loss.reshape(1)])
         low, high, finite, value = facts
         sound = (low >= 0) & (high < classes) & finite.bool() & value.isfinite()
 

@@ -5,18 +5,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from talos_fast.checkpoint import Checkpoint, Position, Progress, RandomState
+from talos_fast.checkpoint import Checkpoint, Position, Progress, require_same_run
 from talos_fast.errors import TalosError
+from talos_fast.fingerprint import batch_digest
 from talos_fast.forward import Batch, Batches
 from talos_fast.interrupt import interruptible
 from talos_fast.methods import Setup
+from talos_fast.random_state import RandomState, seeded
 from talos_fast.step import Amp, Loss, Step
 
 Schedule = Literal["cosine", "constant"]
@@ -75,24 +77,22 @@ class Trainer:
         self._random = RandomState(batches, self._step.device)
         self._reached: deque[Progress] = deque()  # after updates of which it is not yet known whether they were good
         self._good = 0
+        self._data = ""
 
     @property
     def last_loss(self) -> float:
         """Of the last batch."""
-        return self._step.last_loss
+        return float(self._progress.loss)
 
     def run(self, progress: bool) -> None:
         """Trains to the end; the caller's random state is left as it was.
 
         Raises:
-            TalosError: no batch; NaN or infinite logits, loss or gradient (the batch is named, its step is not taken).
+            TalosError: no batch; NaN or infinite logits, loss or gradient (the batch is named, its step is not taken);
+                a checkpoint of another run, of which nothing is taken up then.
             KeyboardInterrupt: Ctrl-C, after the step that was running and its checkpoint.
         """
-        device = self._step.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._recipe.seed)
-            self._epoch_random = self._random.get()
-            self._progress = Progress(Position(), self._epoch_random, self._epoch_random)
+        with seeded(self._recipe.seed, self._step.device):
             resumed = self._resume()
             if self._progress.position.step >= self._recipe.steps:
                 # What comes next goes on as after a run that was not interrupted.
@@ -105,7 +105,7 @@ class Trainer:
                 # Parameters and moments change only inside a step, so this is the last good state, come what may.
                 self._save()
 
-    def _loop(self, resumed: bool, interrupted: Callable[[], bool], progress: bool) -> None:
+    def _loop(self, resumed: Iterator[Batch] | None, interrupted: Callable[[], bool], progress: bool) -> None:
         done, last_save = self._progress.position.step, time.monotonic()
         hidden = None if progress else True
         bar = tqdm(total=self._recipe.steps, initial=done, desc="train", disable=hidden, leave=False)
@@ -128,34 +128,42 @@ class Trainer:
                     self._save()
                     last_save = time.monotonic()
 
-    def _stream(self, resumed: bool) -> Iterator[tuple[int, int, Batch]]:
+    def _stream(self, resumed: Iterator[Batch] | None) -> Iterator[tuple[int, int, Batch]]:
         """(epoch, index, batch) from the current position, epoch after epoch."""
         epoch, skip = self._progress.position.epoch, self._progress.position.batch
         while True:
-            if resumed:
-                self._random.set(self._epoch_random)
-            else:
-                self._epoch_random = self._random.get()
-            sampler: Any = getattr(self._batches, "sampler", None)
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            iterator = iter(self._batches)
+            iterator = resumed or self._open(epoch)
             deque(islice(iterator, skip), maxlen=0)
             if resumed:
                 # The order of the batches came from the epoch's start; all else goes on from the last step.
                 self._random.set(self._progress.step_random)
-            count = skip
-            for count, batch in enumerate(iterator, skip + 1):
-                yield epoch, count - 1, batch
-            if count == 0:
-                raise TalosError(f"epoch {epoch}: there is no batch (an iterator can be read only once; pass a list)")
-            epoch, skip, resumed = epoch + 1, 0, False
+            for index, batch in enumerate(iterator, skip):
+                yield epoch, index, batch
+            epoch, skip, resumed = epoch + 1, 0, None
+
+    def _open(self, epoch: int, known: Progress | None = None) -> Iterator[Batch]:
+        """An epoch's batches, from its first one; ``known``: with the random states that were recorded."""
+        if known:
+            self._random.set(known.epoch_random)
+        self._epoch_random = self._random.get()
+        sampler: Any = getattr(self._batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        iterator = iter(self._batches)
+        first = list(islice(iterator, 1))
+        if not first:
+            raise TalosError(f"epoch {epoch}: there is no batch (an iterator can be read only once; pass a list)")
+        if self._checkpoint:
+            self._data = batch_digest(first[0])
+        return chain(first, iterator)
 
     def _update(self, where: str, position: Position) -> None:
         self._step.clip(where, then=self._count_good)
         self._step.update(self._recipe.lr_at(position.step - 1))
         self._step.release()
-        self._reached.append(Progress(position, self._epoch_random, self._random.get()))
+        self._reached.append(
+            Progress(position, self._epoch_random, self._random.get(), self._data, self._step.last_loss)
+        )
         self._advance()
 
     def _count_good(self) -> None:
@@ -167,12 +175,18 @@ class Trainer:
             self._progress = self._reached.popleft()
             self._good -= 1
 
-    def _resume(self) -> bool:
-        found = self._checkpoint.load(self._setup.trained, self._setup.optimizer) if self._checkpoint else None
-        if found is None:
-            return False
-        self._progress, self._epoch_random = found, found.epoch_random
-        return True
+    def _resume(self) -> Iterator[Batch] | None:
+        """The running epoch of the checkpoint's run, whose state is put back; None if there is none to go on with."""
+        random = self._random.get()
+        self._progress = Progress(Position(), random, random, "", torch.tensor(math.nan))
+        saved = self._checkpoint.read() if self._checkpoint else None
+        if saved is None or self._checkpoint is None:
+            return None
+        iterator = self._open(saved.progress.position.epoch, saved.progress)
+        require_same_run(self._checkpoint.path, {"data": saved.progress.data}, {"data": self._data})
+        saved.restore(self._setup.trained, self._setup.optimizer)
+        self._progress = saved.progress
+        return iterator
 
     def _save(self) -> None:
         try:

@@ -1,6 +1,7 @@
 """What every test starts from: one seed, poisoned memory, no surprise threads, and an honest count of GPU tests."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +104,17 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def interrupting(at: int):
+    """A forward that presses Ctrl-C during its call number ``at``."""
+    calls = 0
+
+    def forward(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return model(batch[0])
+
+    return forward

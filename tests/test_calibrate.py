@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import interrupting
 from torch import nn
+from torch.utils.data import DataLoader
 
 from talos_fast import Mask, TalosError, calibrate
 from talos_fast.sensitivity import sensitivities
@@ -177,7 +179,8 @@ class Interrupting(list):
             yield batch
 
 
-@pytest.mark.parametrize("at", [1, 5, 12])
+# With a checkpoint the first batch is read once more, to know the data by it.
+@pytest.mark.parametrize("at", [2, 6, 13])
 def test_an_interrupted_run_goes_on_and_gives_the_same_mask(tmp_path, at):
     net, data = attention_net(), sequences()
     before = [p.clone() for p in net.parameters()]
@@ -190,21 +193,44 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_mask(tmp_path, at):
     rest = Interrupting(data, -1)
     resumed = calibrate(net, rest, checkpoint_dir=tmp_path, progress=False)
     assert resumed == straight and resumed.info["stability"] == straight.info["stability"]
-    assert rest.read == 12 - (at - 1) // 3 * 3, "complete rounds are not repeated"
+    assert rest.read == 1 + 12 - (at - 2) // 3 * 3, "complete rounds are not repeated"
     again = Interrupting(data, -1)
-    assert calibrate(net, again, checkpoint_dir=tmp_path, progress=False) == straight and again.read == 0
+    assert calibrate(net, again, checkpoint_dir=tmp_path, progress=False) == straight and again.read == 1
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     net = attention_net()
     calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, progress=False)
-    with pytest.raises(TalosError, match="a calibration with seed=0, this one has seed=1; use another checkpoint_dir"):
+    with pytest.raises(TalosError, match="of a run with seed=0, this one has seed=1; use another checkpoint_dir"):
         calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, seed=1, progress=False)
-    with pytest.raises(TalosError, match=r"a calibration with exclude=None, this one has exclude=\['0.\*'\]"):
+    with pytest.raises(TalosError, match=r"of a run with exclude=None, this one has exclude=\['0.\*'\]"):
         calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, exclude="0.*", progress=False)
     fresh = calibrate(net, sequences(), rounds=1, checkpoint_dir=tmp_path, seed=1, resume=False, progress=False)
     assert fresh == calibrate(net, sequences(), rounds=1, seed=1, progress=False)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    """With the same labels, such as two data sets sorted by class have."""
+    net, data = attention_net(), sequences()
+    calibrate(net, data, rounds=1, checkpoint_dir=tmp_path, progress=False)
+    with pytest.raises(TalosError, match="other batches: other data, another batch size, or another order; use"):
+        calibrate(net, [(-x, y) for x, y in data], rounds=1, checkpoint_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_shuffled_batches_come_in_one_order_and_leave_the_generators_as_they_were(tmp_path, own_generator):
+    net, generator = attention_net(), torch.Generator().manual_seed(3) if own_generator else None
+    examples = [(x, y) for inputs, labels in sequences() for x, y in zip(inputs, labels, strict=True)]
+    loader = DataLoader(examples, batch_size=8, shuffle=True, generator=generator)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(net, loader, forward=interrupting(9), checkpoint_dir=tmp_path, progress=False)
+    own = None if generator is None else generator.get_state()
+    straight = calibrate(net, loader, progress=False)
+    torch.rand(3)
+    resumed = calibrate(net, loader, checkpoint_dir=tmp_path, progress=False)
+    assert resumed == straight and resumed.info["stability"] == straight.info["stability"]
+    assert generator is None or torch.equal(generator.get_state(), own)
 
 
 def test_scores_can_wait_on_another_device():

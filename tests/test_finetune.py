@@ -1,15 +1,15 @@
 """finetune and evaluate: what trains, what never changes, interruption, and bad input."""
 
 import copy
-import os
 import signal
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from adam_cases import device_of
-from conftest import HAS_GPU
+from conftest import HAS_GPU, interrupting
 from methods_cases import case, mask_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -92,20 +92,6 @@ def test_the_model_keeps_its_mode_flags_and_the_caller_its_random_state(net):
     )
 
 
-def interrupting(at: int):
-    """A forward that presses Ctrl-C during its call number ``at``."""
-    calls = 0
-
-    def forward(model, batch):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return model(batch[0])
-
-    return forward
-
-
 # place, steps, batches a step, whether the loader has a generator of its own
 RESUMED = [("cpu", 20, 1, False), ("cpu", 20, 1, True), ("cpu", 20, 3, False), ("cpu", 20, 3, True)]
 RESUMED += [("torch", 20, 3, True), *([] if HAS_GPU else [("interpreter", 8, 3, True)])]
@@ -137,8 +123,9 @@ def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, place, steps, a
     assert (vector - again).norm() == 0
     assert signal.getsignal(signal.SIGINT) is handler
     finished = copy.deepcopy(net)
-    finetune(finished, data(), checkpoint_dir=tmp_path, **options)
+    same = finetune(finished, data(), checkpoint_dir=tmp_path, **options)
     assert equal(state(finished), state(whole))
+    assert vector.info["last_loss"] == again.info["last_loss"] == same.info["last_loss"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(net, tmp_path):
@@ -149,6 +136,23 @@ def test_a_checkpoint_of_another_run_is_refused(net, tmp_path):
     with pytest.raises(TalosError, match="a run with base="):
         finetune(net, loader(), method="nonlinear", steps=2, checkpoint_dir=tmp_path, progress=False)
     finetune(start, loader(), method="nonlinear", steps=3, checkpoint_dir=tmp_path, resume=False, progress=False)
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["interrupted", "finished"])
+def test_a_checkpoint_of_other_data_is_refused_and_nothing_is_touched(net, tmp_path, stopped):
+    """With the same labels, such as two data sets sorted by class have under one seed."""
+    data = loader().dataset
+    mine, theirs = (DataLoader(part, batch_size=25, shuffle=True) for part in (data, [(-x, y) for x, y in data]))
+    options = {"method": "nonlinear", "steps": 6, "checkpoint_dir": tmp_path, "progress": False}
+    start = copy.deepcopy(net)
+    with pytest.raises(KeyboardInterrupt) if stopped else nullcontext():
+        finetune(net, mine, forward=interrupting(4 if stopped else -1), **options)
+    kept = (tmp_path / "checkpoint.safetensors").read_bytes()
+    other = copy.deepcopy(start)
+    with pytest.raises(TalosError, match="other batches: other data, another batch size, or another order; use"):
+        finetune(other, theirs, **options)
+    assert equal(state(other), state(start)) and (tmp_path / "checkpoint.safetensors").read_bytes() == kept
+    finetune(start, mine, **options)
 
 
 def test_a_run_that_took_no_step_says_why_and_leaves_no_checkpoint(net, tmp_path):
