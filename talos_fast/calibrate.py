@@ -92,8 +92,8 @@ def calibrate(
         share the damage. More samples raise both.
 
     Raises:
-        TalosError: density or rounds out of range, nothing maskable, no batch, NaN or infinite logits, a checkpoint of
-            another run, or another rank failed.
+        TalosError: density or rounds out of range, nothing maskable, no batch, NaN or infinite logits, sensitivities
+            that are all zero, a checkpoint of another run, or another rank failed.
     """
     start = time.perf_counter()
     fraction = resolve_density(density, sparsity)
@@ -173,6 +173,7 @@ class _RoundScores:
         ranks.sum(accumulator.values for accumulator in ledger.values())
         scores = {name: accumulator.values for name, accumulator in ledger.items()}
         inside = {name: accumulator.wanted(self._state.kept[name]) for name, accumulator in ledger.items()}
+        _judge_zeros(scores, inside, count, self._state.round == 0)
         chosen = {name: torch.zeros_like(mask) for name, mask in self._state.kept.items()}
         for name, selected in _lowest(scores, inside, count).items():
             rows, mask = ledger[name].rows, chosen[name]
@@ -182,6 +183,25 @@ class _RoundScores:
 
 def _numel(masks: Masks) -> int:
     return sum(mask.numel() for mask in masks.values())
+
+
+def _judge_zeros(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int, first: bool) -> None:
+    """Refuses scores that say nothing, and warns where zeros alone fill the mask: their order would choose."""
+    zeros = sum(int(((score == 0) & kept[name]).sum()) for name, score in scores.items())
+    if first and zeros == _selected(kept):
+        raise TalosError(
+            "all sensitivities are zero: the logits do not depend on the maskable parameters, or are so sure of one "
+            "class that gradients vanish; check the head and the inputs, or choose estimator='jacobian'"
+        )
+    if zeros > count:
+        logger.warning(
+            "%d sensitivities are exactly zero, and the mask takes %d: the order of the parameters chooses among them; "
+            "exclude= what the model does not use", zeros, count
+        )  # fmt: skip
+
+
+def _selected(masks: Mapping[str, Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
 
 
 def _lowest(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int) -> Masks:

@@ -22,7 +22,7 @@ from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
 from talos_fast.step import Amp, Loss, require_amp_and_clip
 from talos_fast.task_vector import TaskVector
-from talos_fast.train import Recipe, Schedule, Trainer
+from talos_fast.train import Recipe, Schedule, Trainer, train_mode
 
 
 def finetune(
@@ -59,7 +59,8 @@ def finetune(
     there and gives the very result of a run that was not interrupted.
 
     Args:
-        model: the pre-trained model; left in its mode and with its ``requires_grad`` flags.
+        model: the pre-trained model; left in its mode and with its ``requires_grad`` flags. Batch norms keep their
+            running statistics, and use them: a vector holds parameters only.
         batches: ``(inputs, labels)`` or mappings with ``labels``, read anew each epoch.
         method: "talos" (needs ``mask``), "nonlinear", "linearized", "l-lora" or "lota"; see `talos_fast.methods`.
         mask: talos: which entries move; all others stay bit-identical.
@@ -114,7 +115,7 @@ def finetune(
         identity = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base), **setup.info,
                     "mask": None if setup.mask is None else setup.mask.digest()}  # fmt: skip
         checkpoint = None if folder is None else Checkpoint(folder, identity, resume)
-        model.train()
+        train_mode(model)
         if compile:
             setup = compiled(setup)
         trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, checkpoint)

@@ -60,6 +60,17 @@ class Recipe:
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but norms keep their running statistics: these are not in a task vector.
+
+    If they moved, base + vector would not be the trained model; and a negated variance would be none.
+    """
+    model.train()
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
+
+
 class Trainer:
     """Runs a `Setup` through a `Recipe`; stops on a step boundary when interrupted, and goes on from a checkpoint."""
 

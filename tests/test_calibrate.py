@@ -164,6 +164,22 @@ def test_bf16_products_change_a_thousandth_of_the_mask():
         calibrate(net, batches(), precision="fp8", progress=False)
 
 
+def test_sensitivities_that_are_all_zero_are_refused_and_many_zeros_named(caplog):
+    net = model()
+    nn.init.zeros_(net[4].weight)
+    with pytest.raises(TalosError, match="all sensitivities are zero: the logits do not depend"):
+        calibrate(net, batches(), exclude="4.*", progress=False)
+    caplog.clear()
+    net = model()
+    nn.init.constant_(net[0].bias, -100.0)  # GELU gives zero, and so does its derivative
+    zeros = net[0].weight.numel() + net[0].bias.numel() + net[2].weight.numel()
+    calibrate(net, batches(), density=0.5, rounds=1, progress=False)
+    assert f"{zeros} sensitivities are exactly zero, and the mask takes 311" in caplog.text
+    caplog.clear()
+    calibrate(net, batches(), density=0.95, rounds=1, progress=False)
+    assert not caplog.records
+
+
 class Interrupting(list):
     """Batches that press Ctrl-C while one of them is read."""
 

@@ -14,7 +14,7 @@ from methods_cases import case, mask_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from talos_fast import TalosError, calibrate, evaluate, finetune, profile
+from talos_fast import Mask, TalosError, calibrate, evaluate, finetune, profile
 from talos_fast.methods import METHODS
 from talos_fast.train import Recipe
 
@@ -69,8 +69,6 @@ def test_nonlinear_trains_everything(net):
 
 
 def test_a_full_mask_is_nonlinear(net):
-    from talos_fast import Mask
-
     other = copy.deepcopy(net)
     full = Mask({name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters()})
     finetune(net, loader(), mask=full, lr=1e-2, steps=20, progress=False)
@@ -90,6 +88,18 @@ def test_the_model_keeps_its_mode_flags_and_the_caller_its_random_state(net):
     assert (
         not net.training and not net.b.bias.requires_grad and net.a.weight.requires_grad and net.a.weight.grad is None
     )
+
+
+@pytest.mark.parametrize("method", ["nonlinear", "talos", "linearized"])
+def test_running_statistics_stay_so_base_and_vector_are_the_trained_model(method):
+    net = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(0.5, 2)
+    base = copy.deepcopy(net)
+    mask = Mask({name: torch.rand_like(p) < 0.5 for name, p in net.named_parameters()}) if method == "talos" else None
+    vector = finetune(net, loader(), method=method, mask=mask, lr=1e-2, steps=10, progress=False)
+    assert equal(list(net.buffers()), list(base.buffers())) and net[1].training
+    assert equal(state(vector.apply_to(base)), state(net))
 
 
 # place, steps, batches a step, whether the loader has a generator of its own

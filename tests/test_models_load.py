@@ -86,6 +86,15 @@ def test_hf_weights_that_lack_a_tensor(tmp_path):
         models.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("write", [write_bert, write_t5])
+def test_a_model_without_its_tokenizer(tmp_path, write):
+    """transformers makes one that knows no word, without a warning."""
+    for file in write(tmp_path).glob("*token*"):
+        file.unlink()
+    with pytest.raises(TalosError, match="its tokenizer knows no word; add its files, such as tokenizer.json"):
+        models.load(str(tmp_path))
+
+
 def test_a_package_that_is_not_there(monkeypatch):
     monkeypatch.setattr("talos_fast.models.registry._names", lambda package: [])
     with pytest.raises(TalosError, match="pip install open_clip_torch"):

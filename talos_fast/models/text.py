@@ -31,6 +31,11 @@ def from_pretrained(auto_class: Any, name: str, dtype: torch.dtype) -> tuple[Any
             f"{name}: model or tokenizer could not be loaded: {error}; "
             "give a complete model directory (config, weights, tokenizer), or check the id and the network"
         ) from error
+    # Without its files transformers makes a tokenizer of special tokens, of T5 with a space beside them.
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
+        raise TalosError(
+            f"{name}: its tokenizer knows no word; add its files, such as tokenizer.json, vocab.txt or spiece.model"
+        )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise TalosError(

@@ -24,6 +24,7 @@ from talos_fast.profiling.result import BASELINE, Profile, Row
 from talos_fast.profiling.work import Work, entries_that_train, step_bytes
 from talos_fast.step import Amp, Loss, autocasts, require_amp_and_clip
 from talos_fast.task_vector import TaskVector
+from talos_fast.train import train_mode
 
 
 def profile(
@@ -76,7 +77,7 @@ def profile(
     device = device_of(model)
     batch = to_device(_first(batches), device)
     with _unchanged(model), restored(dict(model.named_parameters())):
-        model.train()
+        train_mode(model)
         bench = _Bench(model, batch, forward or default_forward, loss or F.cross_entropy, clip, amp, compile)
         for name in dict.fromkeys((BASELINE, method)):
             bench.add(name, options if name == method else Options())
