@@ -83,9 +83,13 @@ class Mask(Mapping[str, Tensor]):
             info: provenance.
 
         Raises:
-            TalosError: no scores, NaN or negative scores, or a density outside (0, 1].
+            TalosError: no scores, NaN or negative scores, a density outside (0, 1], or an unknown scope or end.
         """
         fraction = resolve_density(density, sparsity)
+        if scope not in ("global", "per_tensor"):
+            raise TalosError(f"scope={scope!r}: choose 'global' or 'per_tensor'")
+        if keep not in ("lowest", "highest"):
+            raise TalosError(f"keep={keep!r}: choose 'lowest' or 'highest'")
         groups = [dict(scores)] if scope == "global" else [{name: score} for name, score in scores.items()]
         selected: dict[str, Tensor] = {}
         for group in groups:

@@ -1,6 +1,7 @@
 """`merge` and `search_alpha`: edit a model with task vectors."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -142,7 +143,7 @@ def search_alpha(
 
     Raises:
         TalosError: no vector, another number of evaluators, an empty grid, another base, an unknown method or option,
-            or no α keeps the control.
+            an evaluation that gives NaN, or no α keeps the control.
     """
     evaluators = [evaluate] if callable(evaluate) else list(evaluate)
     alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
@@ -188,12 +189,14 @@ def choose_alpha(
         control_floor: fraction of it to keep.
 
     Raises:
-        TalosError: no α keeps the control.
+        TalosError: no α keeps the control, or an accuracy is NaN.
     """
     trials = [
         Trial(alpha, found, tuple(a / r if r else 0.0 for a, r in zip(found, references, strict=True)), kept)
         for alpha, found, kept in zip(alphas, accuracies, controls, strict=True)
     ]
+    if any(math.isnan(value) for t in trials for value in (*t.accuracies, *references, t.control or 0.0)):
+        raise TalosError("an evaluation gave NaN; there is no best alpha")
     chosen, why = _add(trials) if control is None else _negate(trials, control_floor * control)
     return AlphaSearch(chosen.alpha, tuple(trials), references, control, why)
 

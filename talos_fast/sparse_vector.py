@@ -63,6 +63,8 @@ class SparseVector:
     def __mul__(self, factor: float) -> Self:
         if not isinstance(factor, int | float):
             return NotImplemented
+        if not math.isfinite(factor):
+            raise TalosError(f"a task vector times {factor}: the factor must be a finite number")
         scaled = {name: delta.scaled(factor) for name, delta in self.deltas.items()}
         return self.from_deltas(scaled, base=self.base, info=self.info)
 

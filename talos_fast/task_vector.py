@@ -140,6 +140,8 @@ class TaskVector(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         kind, base = self._encoding
+        if kind not in ("delta", "replace"):
+            raise TalosError(f"kind={kind!r}: choose 'delta' or 'replace'")
         if kind == "replace" and base is None:
             raise TalosError("kind='replace' stores trained entries: pass the pre-trained model as base=")
         if base is not None:

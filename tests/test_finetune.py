@@ -230,6 +230,8 @@ def test_accumulation_is_a_larger_batch(net):
 @pytest.mark.parametrize("options, message", [
     ({"method": "magic"}, "method='magic': choose one of nonlinear, linearized, l-lora, lota, talos"),
     ({"method": "talos"}, "needs mask="),
+    ({"method": "talos", "mask": "mask.safetensors"}, "mask= is a str; give a talos_fast.Mask"),
+    ({"method": "lota", "finetuned": {}}, "finetuned= is a dict; give a talos_fast.TaskVector"),
     ({"epochs": 1, "steps": 1}, "give one of them"),
     ({"steps": 0}, "steps=0"),
     ({"steps": 2.5}, "steps=2.5: must be an integer, at least 1"),

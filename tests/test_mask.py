@@ -37,6 +37,12 @@ def test_refuses_a_density_outside_its_range(scores, density):
         Mask.from_scores(scores, density=density)
 
 
+@pytest.mark.parametrize("option", ["scope", "keep"])
+def test_refuses_an_unknown_choice(scores, option):
+    with pytest.raises(TalosError, match=f"{option}='x': choose"):
+        Mask.from_scores(scores, **{option: "x"})
+
+
 def test_refuses_density_and_sparsity_together(scores):
     with pytest.raises(TalosError, match="give one of them"):
         Mask.from_scores(scores, density=0.1, sparsity=0.9)

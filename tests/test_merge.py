@@ -160,6 +160,12 @@ def test_refusals(base):
         merge(base, [vector], alpha=float("nan"))
     with pytest.raises(TalosError, match=r"weights \[inf\]: every one must be a finite number"):
         merge(base, [vector], weights=[float("inf")])
+    with pytest.raises(TalosError, match="found one task vector; give a list, such as"):
+        merge(base, vector)
+    with pytest.raises(TalosError, match="a task vector times nan: the factor must be a finite number"):
+        vector * float("nan")
+    with pytest.raises(TalosError, match="an evaluation gave NaN; there is no best alpha"):
+        search_alpha(base, [vector], evaluate=lambda m: float("nan"))
     with pytest.raises(TalosError, match="method='average'"):
         merge(base, [vector], method="average")
     with pytest.raises(TalosError, match="another base"):

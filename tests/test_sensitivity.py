@@ -4,6 +4,7 @@ import logging
 import weakref
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,6 +175,19 @@ def test_maskable_parameters_and_their_refusals():
         maskable_parameters(nn.Embedding(3, 3))
     with pytest.raises(TalosError, match="estimator='x': choose one of fisher"):
         sensitivities(model, [images()], estimator="x")
+
+
+@pytest.mark.parametrize("name, frozen", [
+    ("resnet10t", {"fc.weight", "fc.bias"}),
+    ("beit_base_patch16_224", {"cls_token", "blocks.0.attn.relative_position_bias_table", "head.weight"}),
+    ("deit_tiny_distilled_patch16_224", {"dist_token", "head_dist.weight", "pos_embed"}),
+    ("coat_tiny", {"cls_token1", "head.weight"}),
+])  # fmt: skip
+def test_heads_and_positions_of_timm_stay_frozen(name, frozen):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    names = {name for name, _ in model.named_parameters()}
+    assert frozen <= names and not frozen & maskable_parameters(model).keys()
 
 
 class Nested(torch.autograd.Function):

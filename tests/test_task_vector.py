@@ -177,6 +177,8 @@ def test_replace_needs_its_base(tmp_path):
     vector = TaskVector(base, tuned)
     with pytest.raises(TalosError, match="pass the pre-trained model as base="):
         vector.save_pretrained(tmp_path, kind="replace")
+    with pytest.raises(TalosError, match="kind='x': choose 'delta' or 'replace'"):
+        vector.save_pretrained(tmp_path, kind="x")
     vector.save_pretrained(tmp_path, kind="replace", base=base)
     with pytest.raises(TalosError, match="pass base="):
         TaskVector.from_pretrained(tmp_path)

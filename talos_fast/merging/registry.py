@@ -54,6 +54,8 @@ def combine(
     """
     if method not in METHODS:
         raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    if isinstance(vectors, TaskVector):
+        raise TalosError("vectors: found one task vector; give a list, such as [vector]")
     if not vectors:
         raise TalosError("there is no task vector to merge; pass at least one")
     if weights is not None and len(weights) != len(vectors):

@@ -36,6 +36,12 @@ class Options:
     rank: int | None = None
     lora_alpha: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, kind in (("mask", Mask), ("finetuned", TaskVector)):
+            value = getattr(self, name)
+            if not isinstance(value, kind | None):
+                raise TalosError(f"{name}= is a {type(value).__name__}; give a talos_fast.{kind.__name__}")
+
 
 @dataclass(frozen=True)
 class Request:

@@ -10,11 +10,13 @@ from torch import nn
 from talos_fast.errors import TalosError
 
 FROZEN_BY_DEFAULT = (
-    "*class_embedding", "*cls_token", "*dist_token", "*mask_token", "*reg_token",
-    "*positional_embedding", "*pos_embed", "*position_embeddings*", "*relative_attention_bias*",
+    "*class_embedding", "*class_token", "*cls_token*", "*dist_token", "*mask_token", "*reg_token",
+    "*positional_embedding", "*pos_embed*", "*position_embeddings*", "*relative_attention_bias*",
+    "*relative_position_bias*", "*rel_pos*",
     "*token_embedding*", "*embed_tokens*", "*word_embeddings*", "*wte.weight", "*wpe.weight", "shared.weight",
     "proj", "*visual.proj", "*encoder.proj", "*text_projection*", "*visual_projection*", "*logit_scale", "*logit_bias",
-    "head.*", "*.head.*", "classifier.*", "*.classifier.*", "lm_head.*", "*.lm_head.*", "*pooler.*",
+    "head.*", "*.head.*", "head_dist.*", "aux_head.*", "heads.*", "fc.*", "score.*", "qa_outputs.*",
+    "classifier.*", "*.classifier.*", "lm_head.*", "*.lm_head.*", "*pooler.*",
 )  # fmt: skip
 
 
