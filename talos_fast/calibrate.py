@@ -55,9 +55,10 @@ def calibrate(
     In round r of R every entry still kept is scored on all batches, and the ⌊density^(r/R) · N⌋ lowest stay; between
     rounds the rejected entries are multiplied by ``damage`` in the forward pass. The model is left bit-identical.
 
-    Ctrl-C stops after the running batch; with ``checkpoint_dir`` the same call goes on after the last complete round
-    and gives the very mask of a run that was not interrupted. Where torch.distributed is initialized every rank brings
-    its own batches, dealt as `torch.utils.data.DistributedSampler` deals them, and all get the same mask.
+    Ctrl-C, or SIGTERM, stops after the running batch; with ``checkpoint_dir`` the same call goes on after the last
+    complete round and gives the very mask of a run that was not interrupted. Where torch.distributed is initialized
+    every rank brings its own batches, dealt as `torch.utils.data.DistributedSampler` deals them, and all get the same
+    mask.
 
     Memory beside the model and its activations, per maskable entry: 4 bytes of scores, 1 byte of mask, and a copy of
     the parameters on the CPU (none if ``rounds`` or ``damage`` is 1). ``scores_device="cpu"`` takes the scores off a

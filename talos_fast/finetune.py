@@ -55,8 +55,8 @@ def finetune(
 ) -> TaskVector:
     """Trains ``model`` in place and returns finetuned - pretrained.
 
-    Ctrl-C stops after the running step; with ``checkpoint_dir`` the same call on the pre-trained model goes on from
-    there and gives the very result of a run that was not interrupted.
+    Ctrl-C, or SIGTERM, stops after the running step; with ``checkpoint_dir`` the same call on the pre-trained model
+    goes on from there and gives the very result of a run that was not interrupted.
 
     Args:
         model: the pre-trained model; left in its mode and with its ``requires_grad`` flags. Batch norms keep their

@@ -1,4 +1,4 @@
-"""Ctrl-C as a flag, for long operations that stop at a good place."""
+"""Ctrl-C, and the SIGTERM of a scheduler, as a flag, for long operations that stop at a good place."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that what is running completes; a second one interrupts at once."""
+    """Turns the first signal into a flag, so that what is running completes; a second one interrupts at once."""
     pressed = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -21,8 +21,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may handle signals
         return
-    previous = signal.signal(signal.SIGINT, note)
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -106,15 +106,15 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def interrupting(at: int):
-    """A forward that presses Ctrl-C during its call number ``at``."""
+def interrupting(at: int, number: signal.Signals = signal.SIGINT):
+    """A forward that presses Ctrl-C, or sends another signal, during its call number ``at``."""
     calls = 0
 
     def forward(model, batch):
         nonlocal calls
         calls += 1
         if calls == at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return model(batch[0])
 
     return forward

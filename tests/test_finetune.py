@@ -138,6 +138,16 @@ def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, place, steps, a
     assert vector.info["last_loss"] == again.info["last_loss"] == same.info["last_loss"]
 
 
+def test_a_scheduler_that_ends_the_program_leaves_a_checkpoint(net, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            net, loader(), method="nonlinear", forward=interrupting(2, signal.SIGTERM), checkpoint_dir=tmp_path,
+            progress=False,
+        )  # fmt: skip
+    assert (tmp_path / "checkpoint.safetensors").exists() and signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_a_checkpoint_of_another_run_is_refused(net, tmp_path):
     start = copy.deepcopy(net)
     finetune(net, loader(), method="nonlinear", steps=2, checkpoint_dir=tmp_path, progress=False)
