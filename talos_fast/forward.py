@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, brief
 
 Batch = Any
 """``(inputs, labels)``, or a mapping with the key ``labels``; labels (N,) int64."""
@@ -98,17 +98,17 @@ def require_plain(model: nn.Module) -> None:
 
 
 def usable_device(device: torch.device | str, what: str) -> torch.device:
-    """A device that tensors can be made on.
+    """A device that tensors can be made on, and read from.
 
     Raises:
         TalosError: torch does not know it, or this machine lacks it; ``what`` names the argument.
     """
     try:
         where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=where).cpu()  # "meta" makes them, and has no data
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise TalosError(
-            f"{what}: {device!s} cannot be used ({error}); use 'cpu', or a device of this machine"
+            f"{what}: {device!s} cannot be used ({brief(error)}); use 'cpu', or a device of this machine"
         ) from error
     return where
 

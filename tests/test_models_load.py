@@ -60,6 +60,7 @@ def test_errors_name_what_was_tried(tmp_path):
         ({"name": str(bert), "pretrained": "x"}, "carries its own weights"),
         ({"name": "hf:nobody/nothing-here"}, "could not be loaded"),
         ({"name": "tiny", "device": "cuda:99"}, "device: cuda:99 cannot be used"),
+        *(({"name": "tiny", "device": device}, f"device: {device} cannot be used") for device in ("meta", "hpu")),
     ]:
         with pytest.raises(TalosError, match=message):
             models.load(**arguments)
@@ -69,8 +70,22 @@ def test_timm_weights_of_another_model(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"cls_token": torch.zeros(1, 1, 8)}, tmp_path / "other.safetensors")
-    with pytest.raises(TalosError, match="of another model"):
+    with pytest.raises(TalosError, match="of another model") as refusal:
         models.load("timm:vit_tiny_patch16_224", pretrained=str(tmp_path / "other.safetensors"))
+    assert len(str(refusal.value)) < 600
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(TalosError, match=r"list\.pth: "):
+        models.load("timm:vit_tiny_patch16_224", pretrained=str(tmp_path / "list.pth"))
+
+
+@pytest.mark.parametrize("weights", [
+    {"visual.positional_embedding": torch.zeros(8, 8)}, {"w": torch.zeros(1)}, {"logit_scale": torch.zeros(2)}, [1, 2],
+])  # fmt: skip
+def test_open_clip_weights_of_another_model(tmp_path, weights):
+    torch.save(weights, tmp_path / "other.pt")
+    with pytest.raises(TalosError, match=r"open_clip:RN50 with .*other\.pt' could not be loaded: .*") as refusal:
+        models.load("open_clip:RN50", pretrained=str(tmp_path / "other.pt"))
+    assert len(str(refusal.value)) < 600
 
 
 def test_hf_weights_that_lack_a_tensor(tmp_path):
@@ -92,6 +107,14 @@ def test_a_model_without_its_tokenizer(tmp_path, write):
     for file in write(tmp_path).glob("*token*"):
         file.unlink()
     with pytest.raises(TalosError, match="its tokenizer knows no word; add its files, such as tokenizer.json"):
+        models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_hf_pooling_that_is_no_object(tmp_path, content):
+    (write_bert(tmp_path) / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(content)
+    with pytest.raises(TalosError, match=r"1_Pooling/config\.json: not a JSON object"):
         models.load(str(tmp_path))
 
 

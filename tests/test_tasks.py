@@ -101,6 +101,10 @@ def test_class_names_from_datasets_json_then_classes_txt(tmp_path):
         (tmp_path / "datasets.json").write_text(broken)
         with pytest.raises(TalosError, match=r"datasets\.json: not a list"):
             tasks.load(path)
+    for key, value in (("class_names", 3), ("class_names", "ab"), ("class_names", ["a", 1]), ("name", ["x"])):
+        (tmp_path / "datasets.json").write_text(json.dumps([{**entry, key: value}]))
+        with pytest.raises(TalosError, match=rf"datasets\.json: found {key} .* for x\.npz; give a "):
+            tasks.load(path)
 
 
 def test_unknown_class_names_say_where_to_put_them(tmp_path):
@@ -108,6 +112,9 @@ def test_unknown_class_names_say_where_to_put_them(tmp_path):
         tasks.load(write_npz(tmp_path / "x.npz"))
     (tmp_path / "classes.txt").write_text("\n")
     with pytest.raises(TalosError, match=r"classes\.txt: found no names"):
+        tasks.load(tmp_path / "x.npz")
+    (tmp_path / "classes.txt").write_text("fée\nelfe\n", encoding="latin-1")
+    with pytest.raises(TalosError, match=r"classes\.txt: not a UTF-8 text file"):
         tasks.load(tmp_path / "x.npz")
 
 

@@ -129,8 +129,11 @@ def _pooling(name: str) -> Pooling:
     path = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
     if path is None:
         return "mean"
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = dict(json.load(file))
+    except (OSError, TypeError, ValueError) as error:
+        raise TalosError(f"{path}: not a JSON object ({error}); fetch the model again") from error
     if config.get("pooling_mode_mean_tokens"):
         return "mean"
     if config.get("pooling_mode_cls_token"):

@@ -1,14 +1,12 @@
 """CLIP models of open_clip: the visual tower trains, the text tower makes zero-shot heads."""
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, brief
 from talos_fast.models.base import Backbone, Classifier
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.images import ImagePreprocess
@@ -95,9 +93,9 @@ def load(name: str, pretrained: str | None, device: torch.device, dtype: torch.d
             name, pretrained, device=device, force_quick_gelu=quick_gelu, pretrained_text=False
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # open_clip reshapes what a file holds before it compares: anything may be raised
         raise TalosError(
-            f"open_clip:{name} with pretrained={pretrained!r} could not be loaded: {error}; "
+            f"open_clip:{name} with pretrained={pretrained!r} could not be loaded: {brief(error)}; "
             "check the network, or give a file of weights for exactly this model"
         ) from error
     return OpenClipBackbone(f"open_clip:{name}", model.to(dtype), tokenizer)

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, brief
 from talos_fast.tasks.base import Inputs
 
 
@@ -28,7 +28,7 @@ def from_pretrained(auto_class: Any, name: str, dtype: torch.dtype) -> tuple[Any
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise TalosError(
-            f"{name}: model or tokenizer could not be loaded: {error}; "
+            f"{name}: model or tokenizer could not be loaded: {brief(error)}; "
             "give a complete model directory (config, weights, tokenizer), or check the id and the network"
         ) from error
     # Without its files transformers makes a tokenizer of special tokens, of T5 with a space beside them.

@@ -1,18 +1,16 @@
 """Vision models of timm: features train, the head holds the mean feature of each class."""
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, brief
 from talos_fast.models.base import Backbone, Classifier
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.images import ImagePreprocess
@@ -101,7 +99,7 @@ def load(name: str, pretrained: str | None, device: torch.device, dtype: torch.d
         encoder = timm.create_model(name, pretrained=pretrained == "hub", num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         raise TalosError(
-            f"timm:{name} could not be made: {error}; check the name, and for pretrained='hub' the network"
+            f"timm:{name} could not be made: {brief(error)}; check the name, and for pretrained='hub' the network"
         ) from error
     if pretrained is None:
         logger.warning("timm:%s: random weights (pretrained is neither a file nor 'hub')", name)
@@ -128,8 +126,8 @@ def _load_weights(encoder: Any, path: Path) -> None:
         raise TalosError(f"pretrained: no file {path}; give a .safetensors or .pth file, or 'hub'")
     try:
         state = load_state_dict(str(path), device="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise TalosError(f"{path}: not a whole file of weights ({error}); fetch it again") from error
+    except Exception as error:  # it unpickles the file, and takes what it finds for tensors by name
+        raise TalosError(f"{path}: not a whole file of weights ({brief(error)}); fetch it again") from error
     # The classifier that num_classes=0 left out; a few models have two.
     heads = encoder.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
@@ -137,4 +135,6 @@ def _load_weights(encoder: Any, path: Path) -> None:
     try:
         encoder.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise TalosError(f"{path}: these weights are of another model: {error}") from error
+        raise TalosError(
+            f"{path}: these weights are of another model ({brief(error)}); give those of this one"
+        ) from error

@@ -28,7 +28,7 @@ def describe(
     a folder.
 
     Raises:
-        TalosError: a `datasets.json` that is not of this form, or an empty `classes.txt`.
+        TalosError: a `datasets.json` that is not of this form, or a `classes.txt` that is empty or not UTF-8.
     """
     entry = _entry(path)
     if class_names is None:
@@ -51,18 +51,29 @@ def _entry(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(index.read_text(encoding="utf-8"))
         entries = document["datasets"] if isinstance(document, dict) else document
-        return next((dict(entry) for entry in entries if entry["file"] == path.name), {})
-    except (KeyError, TypeError, ValueError) as error:
+        found = next((dict(entry) for entry in entries if entry["file"] == path.name), {})
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise TalosError(
             f"{index}: not a list of data sets with `file`, `name`, `class_names` ({error!r}); correct or remove it"
         ) from error
+    for key in ("class_names", "name", "prompt_template"):
+        value, listed = found.get(key), key == "class_names"
+        texts = value if isinstance(value, list) else [value]
+        if value and not (isinstance(value, list) == listed and all(isinstance(text, str) for text in texts)):
+            wanted = "a list of strings" if listed else "a string"
+            raise TalosError(f"{index}: found {key} {value!s:.60} for {path.name}; give {wanted}")
+    return found
 
 
 def _read_classes(path: Path) -> tuple[str, ...] | None:
     listing = (path if path.is_dir() else path.parent) / "classes.txt"
     if not listing.is_file():
         return None
-    names = tuple(line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TalosError(f"{listing}: not a UTF-8 text file ({error}); write it again") from error
+    names = tuple(line.strip() for line in lines if line.strip())
     if not names:
         raise TalosError(f"{listing}: found no names; write one class name a line, or remove the file")
     return names
