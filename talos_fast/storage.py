@@ -69,6 +69,34 @@ def unpack_selection(name: str, tensors: Mapping[str, Tensor], numel: int) -> Te
     return indices
 
 
+def require_folder(path: Path | None, option: str) -> None:
+    """Refuses a folder that cannot be made or written, before the work that is to go there; makes nothing.
+
+    Raises:
+        TalosError: names the option and what stands in the way.
+    """
+    if path is None:
+        return
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+    if not place.is_dir():
+        raise TalosError(f"{option} {path}: {place} is no folder; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise TalosError(f"{option} {path}: {place} cannot be written; choose another place")
+
+
+def require_file(path: Path | None, option: str) -> None:
+    """Refuses a file that `atomic` could not write, before the work that is to go there; makes nothing.
+
+    Raises:
+        TalosError: names the option and what stands in the way.
+    """
+    if path is None:
+        return
+    if os.path.exists(path) and not path.is_file():
+        raise TalosError(f"{option} {path}: a {'folder' if path.is_dir() else 'device'}; give the name of a file")
+    require_folder(path.parent, option)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``; what is written there replaces ``path`` only if nothing failed.

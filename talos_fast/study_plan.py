@@ -1,12 +1,21 @@
 """What a study does, and what it found."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from talos_fast.mask import Mask
+from talos_fast.arguments import check_seed, check_weight_decay
+from talos_fast.errors import TalosError
+from talos_fast.mask import Mask, resolve_density
 from talos_fast.merge import GRID, AlphaSearch
 from talos_fast.task_vector import TaskVector
+
+LEAST = {
+    "steps": 1, "batch_size": 1, "evaluation_batch": 1, "samples": 1, "extend": 0, "selection": 1, "limit": 1,
+    "test_limit": 1,
+}  # fmt: skip
+"""The least that each count of a plan may be."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,9 @@ class Plan:
         addition_grid, negation_grid: the α to try, ascending, from 0 on; the paper's 0, 0.05, … 1. Negation at equal
             control may need more than 1 of a vector that moves little.
         seed: of everything.
+
+    Raises:
+        TalosError: a field out of range; a run would find most of them only after hours.
     """
 
     learning_rates: dict[str, tuple[float, ...]]
@@ -49,6 +61,29 @@ class Plan:
     addition_grid: tuple[float, ...] = GRID
     negation_grid: tuple[float, ...] = GRID
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for method, rates in self.learning_rates.items():
+            if not (_ascends(rates) and rates[0] > 0):
+                raise TalosError(f"learning rates {[*rates]} of {method!r}: give positive, finite ones, ascending")
+            if self.extend and len(rates) < 2:
+                raise TalosError(f"extend={self.extend}: {method!r} has one learning rate, and no proportion; give two")
+        for name, least in LEAST.items():
+            count = getattr(self, name)
+            if count is not None and not (isinstance(count, int) and count >= least):
+                raise TalosError(f"{name}={count}: must be an integer, at least {least}")
+        for name in ("addition_grid", "negation_grid"):
+            if not _ascends(getattr(self, name)):
+                raise TalosError(f"{name}={getattr(self, name)}: give finite numbers, ascending")
+        if not 0 <= self.control_floor <= 1:
+            raise TalosError(f"control_floor={self.control_floor}: give a fraction of the control accuracy, 0 to 1")
+        resolve_density(self.density)
+        check_weight_decay(self.weight_decay)
+        check_seed("seed", self.seed)
+
+
+def _ascends(numbers: Sequence[float]) -> bool:
+    return bool(numbers) and all(map(math.isfinite, numbers)) and [*numbers] == sorted(set(numbers))
 
 
 @dataclass

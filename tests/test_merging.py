@@ -229,6 +229,16 @@ def test_refusals():
     for method in ("ties", "dare_ties", "dare", "magnitude_prune"):
         with pytest.raises(TalosError, match="density=0"):
             merging.combine(vectors, method=method, density=0)
+    for method, option, said in (
+        ("ties", {"density": "abc"}, "density='abc': an option of method 'ties'; give a number"),
+        ("magnitude_prune", {"scope": "tensor"}, "scope='tensor': .* give one of global, per_tensor"),
+        ("dare", {"seed": 0.5}, "seed=0.5: .* give an integer"),
+        ("dare_ties", {"seed": -1}, r"seed=-1: must be an integer, from 0 to 2\*\*63 - 1"),
+        ("breadcrumbs", {"beta": None}, "beta=None: "),
+        ("consensus", {"agreement": True}, "agreement=True: "),
+    ):
+        with pytest.raises(TalosError, match=said):
+            merging.combine(vectors, method=method, **option)
     with pytest.raises(TalosError, match="beta=0.9, gamma=0.1"):
         merging.breadcrumbs(vectors, beta=0.9, gamma=0.1)
     with pytest.raises(TalosError, match="lam=0"):

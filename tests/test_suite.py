@@ -213,6 +213,12 @@ def test_a_preset_from_a_folder(tmp_path, monkeypatch, capfd):
     ("a b --methods magic", "method='magic'"),
     ("a b --lr x", "--lr x: give a number"),
     ("a b --methods talos --lr lota=1", "'lota' is not among the methods"),
+    ("a b --lr 0", "learning rates [0.0] of 'nonlinear'"),
+    ("a b --lr nan", "learning rates [nan]"),
+    ("a b --lr inf --methods talos", "learning rates [inf] of 'talos'"),
+    ("a b --density 2", "density=2.0"),
+    ("a b --weight-decay -1", "weight_decay=-1.0: must be finite"),
+    ("a b --seed -1", "seed=-1"),
     ("a b --merge average", "merging 'average'"),
     ("a b --merge ties --methods talos", "starts from the vectors of 'nonlinear'"),
     ("a a", "two tasks are called 'a'"),
@@ -221,17 +227,37 @@ def test_bad_commands(place, monkeypatch, capfd, line, said):
     monkeypatch.chdir(place)
     code, _, errors = run(monkeypatch, capfd, f"suite --model tiny {line}")
     assert code == 2 and said in errors and errors.startswith("error: ") and errors.count("\n") == 1
+    assert not (place / "suite").exists()
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"learning_rates": {"talos": ()}}, r"learning rates \[\] of 'talos'"),
+    ({"learning_rates": {"talos": (2e-3, 1e-3)}}, "ascending"),
+    ({"learning_rates": {"talos": (-1e-3,)}}, "positive"),
+    ({"extend": 1}, "extend=1: 'nonlinear' has one learning rate"),
+    ({"steps": 0}, "steps=0: must be an integer, at least 1"),
+    ({"batch_size": 2.5}, "batch_size=2.5"),
+    ({"selection": 0}, "selection=0"),
+    ({"density": 0}, "density=0"),
+    ({"weight_decay": float("nan")}, "weight_decay=nan"),
+    ({"control_floor": 1.5}, "control_floor=1.5"),
+    ({"negation_grid": (0.0, float("inf"))}, "negation_grid"),
+    ({"seed": -1}, "seed=-1"),
+])  # fmt: skip
+def test_bad_plans(changes, said):
+    with pytest.raises(TalosError, match=said):
+        replace(PLAN, **changes)
 
 
 def test_another_run_is_refused(place, finished):
     suite, model = whole(place), backbone()
     other = Suite(suite.tasks, suite.control, replace(PLAN, steps=4))
-    with pytest.raises(TalosError, match="another plan, which differs in plan"):
+    with pytest.raises(TalosError, match=r"another plan \(plan.steps: 3 there, 4 here\)"):
         run_suite(model, other, finished[0], progress=False)
     rates = Suite(suite.tasks, suite.control, replace(PLAN, learning_rates={"talos": (1e-2,)}))
     with pytest.raises(TalosError, match="results of 'talos' there were made with the learning rates"):
         run_suite(model, rates, finished[0], progress=False)
-    with pytest.raises(TalosError, match="another plan, which differs in control, tasks"):
+    with pytest.raises(TalosError, match=r"another plan \(control: .* there, None here, tasks.a: "):
         run_suite(model, Suite([image_task("a")], None, PLAN), finished[0], progress=False)
     with pytest.raises(TalosError, match="no task to run"):
         Suite([], None, PLAN)

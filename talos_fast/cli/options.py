@@ -13,7 +13,8 @@ import typer
 import yaml
 
 from talos_fast import models, tasks
-from talos_fast.errors import TalosError
+from talos_fast.arguments import check_seed
+from talos_fast.errors import TalosError, brief
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
 
@@ -25,16 +26,22 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TalosError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, dict):
         raise TalosError(f"{path}: expected a mapping of option names to values, found {type(content).__name__}")
-    names = {option.name for option in ctx.command.params} - {"config"}
+    options = {option.name: option for option in ctx.command.params if option.name != "config"}
     given = {str(key).replace("-", "_"): value for key, value in content.items()}
-    if unknown := sorted(given.keys() - names):
-        known = ", ".join(sorted(str(name) for name in names))
+    if unknown := sorted(given.keys() - options.keys()):
+        known = ", ".join(sorted(str(name) for name in options))
         raise TalosError(f"{path}: {ctx.command.name} has no option {unknown[0]!r}; it has {known}")
+    for name, value in given.items():
+        many = options[name].multiple or options[name].nargs == -1
+        if many and not isinstance(value, list | None):
+            given[name] = [value]  # or the letters of a word would be taken for its items
+        elif isinstance(value, dict) or (isinstance(value, list) and not many):
+            raise TalosError(f"{path}: {name} takes one value, found {value}")
     ctx.default_map = {**(ctx.default_map or {}), **given}
     return path
 
@@ -67,6 +74,11 @@ class Run:
     quiet: Annotated[bool, _common("No progress bars.", "--quiet", "-q")] = False
     verbose: Annotated[bool, _common("Log what is done, and why.", "--verbose", "-v", callback=_log)] = False
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise TalosError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+        check_seed("seed", self.seed)
+
     @property
     def source(self) -> dict[str, str | None]:
         """Which weights a result came from, for the result's own file."""
@@ -74,8 +86,6 @@ class Run:
 
     def backbone(self) -> Backbone:
         """The model, or `TalosError`."""
-        if self.dtype not in DTYPES:
-            raise TalosError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         torch.manual_seed(self.seed)  # of random weights: the next command must find the same base
         return models.load(self.model, pretrained=self.pretrained, device=self.device, dtype=DTYPES[self.dtype])
 
@@ -106,6 +116,13 @@ Data = Annotated[
     Path, typer.Option(help="Folder with train/CLASS/*.png …, .npz, .jsonl(.gz), hub:NAME@REVISION, demo:NAME.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs a batch.")]
+
+
+def refuse(reason: str, given: dict[str, Any]) -> None:
+    """Refuses options that would be ignored; ``reason`` says with or without what."""
+    for name, value in given.items():
+        if value is not None and value != []:
+            raise TalosError(f"{name} means nothing {reason}; leave it out")
 
 
 def load_tasks(paths: list[Path]) -> list[Task]:
@@ -140,5 +157,4 @@ def load_weights(classifier: Classifier, path: Path | None) -> None:
     try:
         classifier.encoder.load_state_dict(named_tensors(path), strict=True)
     except RuntimeError as error:
-        said = " ".join(str(error).split())  # names every key
-        raise TalosError(f"--weights {path}: does not fit this model ({said:.300})") from error
+        raise TalosError(f"--weights {path}: does not fit this model ({brief(error)})") from error

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from talos_fast import report
+from talos_fast import report, storage
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
 from talos_fast.study_plan import Plan, StudyResult
@@ -56,6 +56,7 @@ def suite(
     test_limit: Annotated[int | None, typer.Option(min=1, help="At most this many test inputs.")] = None,
 ) -> None:
     """Run a table: methods × tasks, fine-tuned, added and negated. Stopped in any way, the same command goes on."""
+    storage.require_folder(out, "--out")
     chosen = choose_methods(methods or ["all"])
     given = _given([*(tasks or []), *(more or [])], preset, data, control, run.seed)
     defaults: dict[str, tuple[float, ...]] = {m: RATES[m] if given.lr is None else (given.lr,) for m in chosen}
@@ -114,7 +115,7 @@ def _rates(given: list[str], defaults: dict[str, tuple[float, ...]]) -> dict[str
             raise TalosError(f"--lr {item}: give a number, or METHOD=NUMBER") from None
     if unknown := sorted(found.keys() - {"", *defaults}):
         raise TalosError(f"--lr {unknown[0]}=…: {unknown[0]!r} is not among the methods, {', '.join(defaults)}")
-    return {m: tuple(sorted(found.get(m) or found.get("") or rates)) for m, rates in defaults.items()}
+    return {m: tuple(sorted({*(found.get(m) or found.get("") or rates)})) for m, rates in defaults.items()}
 
 
 def _print(result: StudyResult) -> None:

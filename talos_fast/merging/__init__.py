@@ -3,12 +3,13 @@
 from talos_fast.merging.breadcrumbs import breadcrumbs
 from talos_fast.merging.consensus import consensus, tall_masks
 from talos_fast.merging.dare import dare_linear, dare_ties
-from talos_fast.merging.registry import METHODS, combine
+from talos_fast.merging.registry import METHODS, check_options, combine
 from talos_fast.merging.ties import magnitude_prune, ties
 
 __all__ = [
     "METHODS",
     "breadcrumbs",
+    "check_options",
     "combine",
     "consensus",
     "dare_linear",

@@ -2,8 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from talos_fast.errors import TalosError
 from talos_fast.merging.breadcrumbs import breadcrumbs
@@ -34,6 +35,28 @@ METHODS: dict[str, Callable[..., TaskVector]] = {
 """Each takes the vectors, and options by keyword; "dare" is the paper's name of what peft calls "dare_linear"."""
 
 
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Refuses an unknown method, and options that it does not have or that are of another type.
+
+    Raises:
+        TalosError: names the method or the option.
+    """
+    if method not in METHODS:
+        raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    parameters = inspect.signature(METHODS[method]).parameters
+    known = {name: parameter.annotation for name, parameter in parameters.items() if name != "vectors"}
+    for name, value in sorted(options.items()):
+        if name not in known:
+            raise TalosError(f"method {method!r} has no option {name!r}; it has {', '.join(known) or 'no options'}")
+        if words := get_args(known[name]):
+            fits, wanted = value in words, f"one of {', '.join(words)}"
+        else:
+            number, wanted = (Integral, "an integer") if known[name] is int else (Real, "a number")
+            fits = isinstance(value, number) and not isinstance(value, bool)
+        if not fits:
+            raise TalosError(f"{name}={value!r}: an option of method {method!r}; give {wanted}")
+
+
 def combine(
     vectors: Sequence[TaskVector],
     weights: Sequence[float] | None = None,
@@ -52,8 +75,7 @@ def combine(
         TalosError: no vector, another number of weights or one that is not finite, vectors of different bases, an
             unknown method, or an option that the method does not have or refuses.
     """
-    if method not in METHODS:
-        raise TalosError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    check_options(method, options)
     if isinstance(vectors, TaskVector):
         raise TalosError("vectors: found one task vector; give a list, such as [vector]")
     if not vectors:
@@ -62,9 +84,5 @@ def combine(
         raise TalosError(f"{len(weights)} weights for {len(vectors)} task vectors; give one a vector")
     if weights is not None and not all(map(math.isfinite, weights)):
         raise TalosError(f"weights {list(weights)}: every one must be a finite number")
-    known = [name for name in inspect.signature(METHODS[method]).parameters if name != "vectors"]
-    if foreign := sorted(options.keys() - set(known)):
-        has = ", ".join(known) or "no options"
-        raise TalosError(f"method {method!r} has no option {foreign[0]!r}; it has {has}")
     scaled = vectors if weights is None else [w * vector for w, vector in zip(weights, vectors, strict=True)]
     return METHODS[method](scaled, **options)

@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from talos_fast.arguments import check_fraction
 from talos_fast.delta import SparseDelta
-from talos_fast.merging.arguments import check_fraction
 from talos_fast.sensitivity.threshold import select_extreme
 from talos_fast.stack import entrywise
 from talos_fast.task_vector import TaskVector

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from talos_fast.arguments import check_weight_decay
 from talos_fast.delta import SparseDelta
 from talos_fast.errors import TalosError
 from talos_fast.forward import Forward
@@ -54,6 +55,9 @@ class Request:
         weight_decay: AdamW's, towards zero, of whatever trains.
         options: see `Options`.
         first: trains a setup with the same recipe, gives its deltas, and puts the model back.
+
+    Raises:
+        TalosError: a weight decay that is negative or not finite.
     """
 
     model: nn.Module
@@ -62,6 +66,9 @@ class Request:
     weight_decay: float
     options: Options
     first: Callable[["Setup"], Deltas]
+
+    def __post_init__(self) -> None:
+        check_weight_decay(self.weight_decay)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""Checks of numbers that several functions share."""
+
+import math
+from numbers import Integral
+
+from talos_fast.errors import TalosError
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuses what is no fraction in (0, 1]."""
+    if not 0.0 < value <= 1.0:
+        raise TalosError(f"{name}={value}: the fraction of entries to keep must be in (0, 1]")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Refuses what torch and NumPy do not both take."""
+    if not (isinstance(value, Integral) and 0 <= value < 2**63):
+        raise TalosError(f"{name}={value}: must be an integer, from 0 to 2**63 - 1")
+
+
+def check_weight_decay(value: float) -> None:
+    """Refuses what moves weights away from zero, or nowhere."""
+    if not 0 <= value < math.inf:
+        raise TalosError(f"weight_decay={value}: must be finite, at least 0")
