@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ from talos_fast import storage
 from talos_fast.errors import TalosError
 
 FILE = "checkpoint.safetensors"
+
+
+def remove(folder: Path) -> None:
+    """Deletes what `Checkpoint` wrote in a folder, and in that of a first run; the folders stay where others wrote."""
+    for place in (folder / "first", folder):
+        for file in (place / FILE, *place.glob(f".{FILE}.*")):  # a run that was killed leaves half a file
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            place.rmdir()
 
 
 @dataclass(frozen=True)

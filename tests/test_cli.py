@@ -19,6 +19,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     write_bert(folder / "bert")
     save_file({"odd": torch.zeros(2)}, folder / "odd.safetensors")
+    TaskVector({"w": torch.zeros(2)}, {"w": torch.ones(2)}).save_pretrained(folder / "alien.vector")
     for name, classes in (("words", 3), ("more", 4)):
         task = text_task(name, classes, per_split=24)
         with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
@@ -131,7 +132,21 @@ def test_a_config_file_gives_defaults_and_flags_win(run, place):
     ("merge --model hf:bert", "--add or --subtract"),
     ("merge --model hf:bert --option density", "--option density: give NAME=VALUE"),
     ("evaluate --model hf:bert --data hub:user/name@main", "a commit of 40 digits"),
-    ("interference none", "none: no such folder"),
+    ("interference none none", "none: no such folder"),
+    ("interference alien.vector", "give two or more"),
+    ("calibrate --model tiny --data demo:shapes --seed -1", "seed=-1: must be an integer, from 0 to 2**63 - 1"),
+    ("calibrate --model tiny --data demo:shapes --seed 9223372036854775808", "seed=9223372036854775808"),
+    ("calibrate --model tiny --data words.jsonl.gz --device meta", "device: meta cannot be used"),
+    ("calibrate --model hf:bert --data words.jsonl.gz --scores-device meta", "scores_device: meta cannot be used"),
+    ("profile --model hf:bert --data words.jsonl.gz --trace x.txt --method nonlinear", "trace=x.txt"),
+    ("merge --model tiny --add alien.vector --method ties --option density=abc", "density='abc'"),
+    ("merge --model tiny --add alien.vector --method ties --option density=[1", "--option density=[1"),
+    ("merge --model tiny --add alien.vector --data demo:shapes", "--data means nothing without --alpha search"),
+    ("merge --model tiny --add alien.vector --control demo:shapes", "--control means nothing without --alpha"),
+    ("merge --model tiny --add alien.vector --control-floor 0", "--control-floor means nothing without --control"),
+    ("merge --model tiny --add alien.vector --alpha search --weights 1", "--weights means nothing with --alpha search"),
+    ("merge --model tiny --add alien.vector --alpha search", "0 --data for 1"),
+    ("evaluate --model tiny --data demo:shapes --alpha 0.5", "--alpha means nothing without --add"),
     ("merge --model hf:bert --add bert", "task_vector.safetensors: no such file"),
     ("inspect none", "none: no such file"),
 ])  # fmt: skip
@@ -141,13 +156,59 @@ def test_bad_input_gets_one_line_and_code_two(run, line, said):
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    "content, said", [("density: 0.1\nx: 1\n", "no option 'x'"), ("- 1\n", "expected a mapping"), ("a: [", "YAML")]
-)
+@pytest.mark.parametrize("content, said", [
+    (b"density: 0.1\nx: 1\n", "no option 'x'"),
+    (b"- 1\n", "expected a mapping"),
+    (b"a: [", "YAML"),
+    (b"\xff\xfe\x00", "cannot be read as YAML"),
+    (b"density: [0.1]\n", "density takes one value"),
+    (b"density: {a: 1}\n", "density takes one value"),
+])  # fmt: skip
 def test_bad_config_files(run, place, content, said):
-    (place / "bad.yaml").write_text(content)
+    (place / "bad.yaml").write_bytes(content)
     code, _, err = run("calibrate --config bad.yaml")
-    assert code == 2 and said in err
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_one_value_in_a_config_file_is_a_list_of_one(run, place):
+    (place / "one.yaml").write_text("model: hf:bert\ndata: words.jsonl.gz\nbatch-size: 8\n")
+    assert made(run, "evaluate --config one.yaml -q").startswith("words: ")
+
+
+WORK = "--model tiny --data demo:shapes"
+
+
+@pytest.mark.parametrize("line, said", [
+    (f"calibrate {WORK} --out bert", "--out bert: a folder; give the name of a file"),
+    (f"calibrate {WORK} --out words.jsonl.gz/a/mask", "words.jsonl.gz is no folder"),
+    (f"calibrate {WORK} --checkpoint-dir words.jsonl.gz", "--checkpoint-dir words.jsonl.gz: "),
+    (f"finetune {WORK} --out words.jsonl.gz", "--out words.jsonl.gz: "),
+    (f"finetune {WORK} --out new --checkpoint-dir words.jsonl.gz/c", "--checkpoint-dir words.jsonl.gz/c: "),
+    (f"evaluate {WORK} --out bert", "--out bert: "),
+    (f"profile {WORK} --out bert", "--out bert: "),
+    (f"profile {WORK} --trace bert", "--trace bert: "),
+    ("suite --model tiny --tasks demo:shapes --out words.jsonl.gz", "--out words.jsonl.gz: "),
+    ("demo --out words.jsonl.gz", "--out words.jsonl.gz: "),
+    ("merge --model tiny --add alien.vector --out words.jsonl.gz/b", "--out words.jsonl.gz/b: "),
+    ("inspect alien.vector --plot x.jpg", "x.jpg: pictures are .png, .pdf or .svg"),
+    ("interference alien.vector alien.vector --plot bert", "--plot bert: "),
+    ("interference alien.vector alien.vector --out /dev/null", "--out /dev/null: a device; give the name of a file"),
+])  # fmt: skip
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(run, place, monkeypatch, line, said):
+    before = {*place.rglob("*")}
+    monkeypatch.setattr("talos_fast.models.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, out, err = run(line)
+    assert code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1 and out == ""
+    assert {*place.rglob("*")} == before
+
+
+def test_files_of_others_in_the_checkpoint_folder_stay(run, place):
+    own = place / "kept.vector" / "checkpoint" / "notes.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    fit = "--data words.jsonl.gz --method lota --steps 1 --out kept.vector"
+    made(run, f"finetune --model hf:bert --batch-size 8 -q {fit}")
+    assert [*own.parent.iterdir()] == [own] and own.read_text() == "mine"
 
 
 def test_help_and_version(run):

@@ -244,6 +244,7 @@ class TestProfile:
             ({"mask": None, "method": "lota"}, "needs finetuned="),
             ({"method": "nonlinear"}, "mask= means nothing to method 'nonlinear'"),
             ({"trace": "/no/such/folder/trace.json"}, "trace=/no/such/folder/trace.json"),
+            ({"trace": "trace.txt"}, "trace=trace.txt: a Chrome trace is .json or .json.gz"),
             ({"amp": "fp8"}, "amp='fp8': choose"),
             ({"clip": 0.0}, "clip=0.0: the largest gradient norm must be positive"),
             ({"clip": float("nan")}, "clip=nan: the largest gradient norm must be positive"),

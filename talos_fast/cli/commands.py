@@ -1,6 +1,5 @@
 """``talos-fast calibrate | finetune | merge | evaluate | …``: the functions, with the same names and defaults."""
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 import talos_fast as talos
 from talos_fast import storage
 from talos_fast.calibrate import restored
+from talos_fast.checkpoint import remove
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
@@ -73,6 +73,8 @@ def calibrate(
     batch_size: o.BatchSize = 32,
 ) -> None:
     """Find the entries that a task is least sensitive to, and write them as a mask."""
+    storage.require_file(out, "--out")
+    storage.require_folder(checkpoint_dir, "--checkpoint-dir")
     (task,) = o.load_tasks([data])
     backbone = run.backbone()
     classifier = backbone.classifier(task)
@@ -116,13 +118,15 @@ def finetune(
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Fine-tune on a task, and write the task vector. Interrupted, the same command goes on."""
+    storage.require_folder(out, "--out")
+    checkpoint = checkpoint_dir or out / "checkpoint"
+    storage.require_folder(checkpoint, "--checkpoint-dir")
     selected = None if mask is None else talos.Mask.load(mask)
     full = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
     (task,) = o.load_tasks([data])
     backbone = run.backbone()
     classifier = backbone.classifier(task)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
-    checkpoint = checkpoint_dir or out / "checkpoint"
     try:
         with restored(dict(classifier.named_parameters())):
             vector = talos.finetune(
@@ -137,7 +141,7 @@ def finetune(
     vector.info |= {**run.source, "task": task.name, "batch_size": batch_size}
     vector.save_pretrained(out)
     if checkpoint_dir is None:
-        shutil.rmtree(out / "checkpoint")
+        remove(checkpoint)
     validation = backbone.batches(task.validation, batch_size=batch_size)
     (accuracy,) = evaluate_along(classifier, vector, validation, [1.0])
     typer.echo(f"{out}: {vector}; validation accuracy {accuracy}")
@@ -165,6 +169,7 @@ def demo(
     """Calibrate, fine-tune, add and negate every task; write the table, plots, masks and vectors."""
     from talos_fast.demo.run import run as run_demo
 
+    storage.require_folder(out, "--out")
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": run.seed}
     rates = {"nonlinear": nonlinear_lr, "talos": talos_lr}
     tasks = None if data is None else o.load_tasks(data)

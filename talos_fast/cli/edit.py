@@ -14,8 +14,9 @@ from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import evaluate_along
 from talos_fast.fingerprint import require_base
+from talos_fast.linear import require_parameters
 from talos_fast.merge import Evaluate
-from talos_fast.merging import METHODS, combine
+from talos_fast.merging import METHODS, check_options, combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
 
@@ -43,26 +44,30 @@ def merge(
     option: Annotated[list[str] | None, typer.Option(help="Of the method, NAME=VALUE; repeatable.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="For search: the task of each vector, in that order.")] = None,
     control: Annotated[Path | None, typer.Option(help="For search: the control task; makes it a negation.")] = None,
-    control_floor: Annotated[float, typer.Option(help="Fraction of the control accuracy to keep.")] = 0.95,
+    control_floor: Annotated[
+        float | None, typer.Option(help="Of the control accuracy, the fraction to keep; default 0.95.")
+    ] = None,
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Add task vectors to a model, or subtract them, and write the edited encoder."""
-    vectors, options = _vectors(add, subtract), _options(option or [])
+    storage.require_folder(out, "--out")
+    coefficient = _coefficient(alpha, weights, data, control, control_floor)
+    vectors, options = _vectors(add, subtract), _options(method, option or [])
     if not vectors:
         raise TalosError("no task vector: give --add or --subtract, once or more")
-    backbone = run.backbone()
-    if alpha == "search":
-        if weights:
-            raise TalosError(
-                "--weights with --alpha search: the search finds one coefficient for all; leave weights out"
-            )
-        tasks = o.load_tasks(data or [])
-        judge = None if control is None else o.load_tasks([control])[0]
-        base, found = _search(backbone, vectors, tasks, judge, control_floor, batch_size, method, options)
+    for vector in vectors:
+        require_parameters(vector, "merge")
+    if coefficient is None and len(data or []) != len(vectors):
+        raise TalosError(f"--alpha search needs the task of each vector: {len(data or [])} --data for {len(vectors)}")
+    tasks, controls = o.load_tasks(data or []), o.load_tasks([control] if control else [])
+    backbone, report = run.backbone(), dict[str, Any]()
+    if coefficient is None:
+        floor = {} if control_floor is None else {"control_floor": control_floor}
+        base, found = _search(backbone, vectors, tasks, controls, batch_size, method=method, **floor, **options)
         coefficient, report = found.alpha, {"search": found.to_json()}
         typer.echo(f"alpha {found.alpha:g}: {found.why}")
     else:
-        base, coefficient, report = Classifier(backbone.encoder, nn.Identity()), _number(alpha), {}
+        base = Classifier(backbone.encoder, nn.Identity())
     edited = talos.merge(base, vectors, alpha=coefficient, weights=weights, method=method, inplace=True, **options)
     assert isinstance(edited, Classifier)
     with storage.atomic(out / "model.safetensors") as temporary:
@@ -87,14 +92,18 @@ def evaluate(
     weights: o.Weights = None,
     add: Add = None,
     subtract: Subtract = None,
-    alpha: Annotated[float, typer.Option(help="Coefficient of --add and --subtract.")] = 1.0,
+    alpha: Annotated[float | None, typer.Option(help="Coefficient of --add and --subtract; default 1.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON of the accuracies.")] = None,
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Top-1 accuracy of a model, edited or not, on one or more tasks."""
     if split not in ("train", "validation", "test"):
         raise TalosError(f"--split {split}: choose train, validation or test")
-    vectors, tasks = _vectors(add, subtract), o.load_tasks(data)
+    storage.require_file(out, "--out")
+    vectors = _vectors(add, subtract)
+    if not vectors:
+        o.refuse("without --add or --subtract", {"--alpha": alpha})
+    tasks = o.load_tasks(data)
     backbone = run.backbone()
     # Heads may be computed with the encoder, so they come before any edit.
     classifiers = [backbone.classifier(task) for task in tasks]
@@ -108,25 +117,38 @@ def evaluate(
         if vector is None:
             accuracy = talos.evaluate(classifier, batches, progress=not run.quiet)
         else:
-            (accuracy,) = evaluate_along(classifier, vector, batches, [alpha])
+            (accuracy,) = evaluate_along(classifier, vector, batches, [1.0 if alpha is None else alpha])
         found[task.name] = {"accuracy": accuracy.value, "correct": accuracy.correct, "total": accuracy.total}
         typer.echo(f"{task.name}: {accuracy}")
     if out is not None:
         storage.write_json(out, found)
 
 
-def _options(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE with a number or a word."""
+def _options(method: str, given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE with a number or a word, of a method."""
     found: dict[str, Any] = {}
     for item in given:
         name, equals, value = item.partition("=")
         if not (name and equals):
             raise TalosError(f"--option {item}: give NAME=VALUE, such as density=0.2")
-        found[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            found[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise TalosError(f"--option {item}: {value!r} is neither a number nor a word") from error
+    check_options(method, found)
     return found
 
 
-def _number(alpha: str) -> float:
+def _coefficient(
+    alpha: str, weights: list[float] | None, data: list[Path] | None, control: Path | None, floor: float | None
+) -> float | None:
+    """The number that --alpha is, None for a search; refuses options that mean nothing to it."""
+    if control is None:
+        o.refuse("without --control", {"--control-floor": floor})
+    if alpha == "search":
+        o.refuse("with --alpha search, which finds one coefficient for all", {"--weights": weights})
+        return None
+    o.refuse("without --alpha search", {"--data": data, "--control": control})
     try:
         return float(alpha)
     except ValueError:
@@ -137,27 +159,17 @@ def _search(
     backbone: Backbone,
     vectors: list[talos.TaskVector],
     tasks: list[Task],
-    control: Task | None,
-    floor: float,
+    controls: list[Task],
     size: int,
-    method: str,
-    options: dict[str, Any],
+    **options: Any,
 ) -> tuple[Classifier, talos.AlphaSearch]:
-    if len(tasks) != len(vectors):
-        raise TalosError(
-            f"--alpha search needs the task of each vector: {len(tasks)} --data for {len(vectors)} vectors"
-        )
-
     def judge(task: Task) -> tuple[Classifier, Evaluate]:
         classifier = backbone.classifier(task)
         batches = backbone.batches(task.validation, batch_size=size)
         return classifier, lambda _: talos.evaluate(classifier, batches)
 
     judges = [judge(task) for task in tasks]
-    controller = None if control is None else judge(control)[1]
+    control = judge(controls[0])[1] if controls else None
     base = judges[0][0]
-    found = talos.search_alpha(
-        base, vectors, evaluate=[e for _, e in judges], control=controller, control_floor=floor,
-        method=method, **options,
-    )  # fmt: skip
+    found = talos.search_alpha(base, vectors, evaluate=[e for _, e in judges], control=control, **options)
     return base, found

@@ -14,6 +14,7 @@ from talos_fast.fingerprint import digest
 from talos_fast.interference import COLUMNS
 from talos_fast.mask import Mask
 from talos_fast.plots import plot_interference, plot_mask
+from talos_fast.plots.figure import require_picture
 from talos_fast.structure import KINDS, density_by_part
 from talos_fast.task_vector import TaskVector
 
@@ -26,6 +27,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw the mask's structure: .png, .pdf or .svg.")] = None,
 ) -> None:
     """Density by layer and kind, size, base, and how it was made."""
+    require_picture(plot, "--plot")
     if not path.exists():
         raise TalosError(f"{path}: no such file or folder")
     thing = TaskVector.from_pretrained(path) if path.is_dir() else Mask.load(path)
@@ -55,6 +57,10 @@ def interference(
     plot: Annotated[Path | None, typer.Option(help="Draw the four matrices: .png, .pdf or .svg.")] = None,
 ) -> None:
     """Where task vectors get in each other's way: cosine, overlap, sign conflicts and shared norm of every pair."""
+    storage.require_file(out, "--out")
+    require_picture(plot, "--plot")
+    if len(vectors) < 2:
+        raise TalosError(f"{vectors[0]}: one vector has nothing to get in its way; give two or more")
     report = talos.interference([TaskVector.from_pretrained(path) for path in vectors], names=_names(vectors))
     table = Table(*COLUMNS)
     for row in report.rows():

@@ -35,6 +35,8 @@ def profile(
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Time and memory of a training iteration, beside full fine-tuning, with the counted floor."""
+    storage.require_file(trace, "--trace")
+    storage.require_file(out, "--out")
     selected = None if mask is None else talos.Mask.load(mask)
     changed = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
     (task,) = o.load_tasks([data])

@@ -52,15 +52,13 @@ def run(
         What ``report.json`` holds.
 
     Raises:
-        TalosError: own tasks without a control, methods with different numbers of rates, or an unwritable folder.
+        TalosError: own tasks without a control, or methods with different numbers of rates.
     """
     start = time.perf_counter()
     if (tasks is None) != (control is None):
         raise TalosError("own tasks need an own control, and the other way round: give both --data and --control")
     chosen, judge = (demo_tasks(), control_task()) if tasks is None or control is None else (list(tasks), control)
     plan = _plan(EMBEDDED if tasks is None else OWN, changes, rates)
-    with atomic(out / "table.md"):
-        pass  # fails now, not after the training, if the folder cannot be written
     study = Study(backbone, chosen, judge, plan, progress)
     result = study.run()
     _print(result)
@@ -78,7 +76,9 @@ def run(
 
 
 def _plan(default: Plan, changes: Mapping[str, Any], rates: Mapping[str, Sequence[float] | None]) -> Plan:
-    learning_rates = {method: tuple(rates.get(method) or known) for method, known in default.learning_rates.items()}
+    learning_rates = {
+        method: tuple(sorted(rates.get(method) or known)) for method, known in default.learning_rates.items()
+    }
     if len({len(values) for values in learning_rates.values()}) > 1:
         counts = {method: len(values) for method, values in learning_rates.items()}
         raise TalosError(f"methods choose from different numbers of learning rates, {counts}; give each as many")

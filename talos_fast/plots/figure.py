@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from talos_fast.errors import TalosError
-from talos_fast.storage import atomic
+from talos_fast.storage import atomic, require_file
 
 
 def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
@@ -21,14 +21,30 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(squeeze=False, **grid)
 
 
+def require_picture(path: Path | None, option: str) -> None:
+    """Refuses a picture that `save` could not write, before the work that it is to show.
+
+    Raises:
+        TalosError: names the option.
+    """
+    require_file(path, option)
+    if path is not None:
+        _kind(path)
+
+
 def save(figure: Any, path: str | Path) -> None:
     """Writes a PNG, PDF or SVG, atomically.
 
     Raises:
         TalosError: a path that ends in none of these, or that cannot be written.
     """
-    kind = Path(path).suffix.removeprefix(".").lower() or "png"
-    if kind not in ("png", "pdf", "svg"):
-        raise TalosError(f"{path}: pictures are .png, .pdf or .svg, found .{kind}; give one of these endings")
+    kind = _kind(Path(path))
     with atomic(Path(path)) as temporary:
         figure.savefig(temporary, dpi=130, format=kind)
+
+
+def _kind(path: Path) -> str:
+    kind = path.suffix.removeprefix(".").lower() or "png"
+    if kind not in ("png", "pdf", "svg"):
+        raise TalosError(f"{path}: pictures are .png, .pdf or .svg, found .{kind}; give one of these endings")
+    return kind

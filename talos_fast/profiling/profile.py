@@ -61,7 +61,7 @@ def profile(
         trace: where to write one more iteration of ``method``, a Chrome trace of `torch.profiler`: .json or .json.gz.
 
     Raises:
-        TalosError: what `finetune` would refuse, no round to measure, or a trace in a folder that is missing.
+        TalosError: what `finetune` would refuse, no round to measure, or a trace of another ending or in no folder.
 
     Example:
         >>> print(talos.profile(model, batches, mask=mask))  # doctest: +SKIP
@@ -70,6 +70,8 @@ def profile(
         raise TalosError(f"rounds={rounds}, warmup={warmup}: give one round or more, and no negative warm-up")
     if trace is not None and not Path(trace).resolve().parent.is_dir():
         raise TalosError(f"trace={trace}: its folder does not exist; make it first")
+    if trace is not None and not Path(trace).name.endswith((".json", ".json.gz")):
+        raise TalosError(f"trace={trace}: a Chrome trace is .json or .json.gz; give one of these endings")
     require_plain(model)
     require_amp_and_clip(amp, clip)
     options = Options(mask, density, finetuned, rank, lora_alpha)
