@@ -211,9 +211,12 @@ def test_files_of_others_in_the_checkpoint_folder_stay(run, place):
     assert [*own.parent.iterdir()] == [own] and own.read_text() == "mine"
 
 
-def test_help_and_version(run):
+def test_help_and_version(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    verbs = "calibrate", "finetune", "merge", "evaluate", "inspect", "interference", "profile", "suite", "demo"
     code, out, _ = run("--help")
-    assert code == 0 and all(verb in out for verb in ("calibrate", "finetune", "merge", "evaluate", "inspect", "demo"))
+    assert code == 0 and all(verb in out for verb in verbs)
+    assert not any("…" in made(run, f"{verb} --help") for verb in verbs), "cut off"
     assert "talos-fast 0." in made(run, "--version")
 
 

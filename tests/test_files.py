@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from talos_fast import Mask, TalosError, TaskVector
-from talos_fast.storage import write_json
+from talos_fast.storage import require_file, require_folder, write_json
 
 
 @pytest.fixture
@@ -75,6 +75,16 @@ def test_a_place_that_is_no_folder(mask):
         pytest.skip("no /dev/full on this system")
     with pytest.raises(TalosError, match="cannot be written"):
         mask.save("/dev/full/mask.safetensors")
+
+
+def test_an_output_is_checked_before_the_work(tmp_path, monkeypatch):
+    require_file(tmp_path / "new" / "a.json", "--out")
+    require_folder(tmp_path / "new" / "b", "--out")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for require in (require_file, require_folder):
+        with pytest.raises(TalosError, match=f"--out {tmp_path}/new.*: {tmp_path} cannot be written"):
+            require(tmp_path / "new" / "c", "--out")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_json_is_written_whole(tmp_path):

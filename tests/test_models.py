@@ -144,6 +144,8 @@ def test_loader_order_and_limit(backbone):
 def test_loader_refuses_nothing(argument):
     with pytest.raises(TalosError, match=f"{argument}: found 0"):
         tiny_timm().batches(image_task().train, **{"batch_size": 2, argument: 0})
+    with pytest.raises(TalosError, match="seed=-1"):
+        tiny_timm().batches(image_task().train, batch_size=2, seed=-1)
 
 
 def test_other_modality_is_refused(backbone):

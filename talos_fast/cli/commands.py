@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -58,7 +58,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The mask, a .safetensors file.")] = Path("mask.safetensors"),
     density: Annotated[float | None, typer.Option(help="Fraction that trains; default 0.1.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="1 - density, instead of it.")] = None,
-    estimator: Annotated[Estimator, typer.Option(help="What is differentiated.")] = "fisher",
+    estimator: Annotated[Estimator, typer.Option(metavar="<str>", help=" | ".join(get_args(Estimator)))] = "fisher",
     rounds: Annotated[int, typer.Option(help="Of scoring and selecting.")] = 4,
     damage: Annotated[float, typer.Option(help="Factor on rejected entries between rounds.")] = 0.1,
     samples_per_input: Annotated[int, typer.Option(help="Probes an input.")] = 1,
@@ -69,7 +69,7 @@ def calibrate(
     stability: Annotated[bool, typer.Option(help="Report how alike the masks of two halves are.")] = True,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Keep finished rounds here, to go on from.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint that is there.")] = True,
-    samples: Annotated[int, typer.Option(min=1, help="Training inputs to score on, a round.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, metavar="<n>", help="Training inputs to score on, a round.")] = 512,
     batch_size: o.BatchSize = 32,
 ) -> None:
     """Find the entries that a task is least sensitive to, and write them as a mask."""

@@ -65,7 +65,7 @@ class Run:
 
     model: Model
     pretrained: Annotated[str | None, _common("open_clip tag, timm's 'hub', or a file; else random weights.")] = None
-    device: Annotated[str, _common("cpu, cuda, cuda:1, …")] = "cpu"
+    device: Annotated[str, _common("cpu, cuda or cuda:NUMBER.")] = "cpu"
     dtype: Annotated[str, _common(" | ".join(DTYPES))] = "float32"
     seed: Annotated[int, _common("Of everything random.")] = 0
     config: Annotated[
@@ -113,9 +113,9 @@ Weights = Annotated[
     Path | None, typer.Option(help="Encoder weights that merge wrote, loaded over the pre-trained ones.")
 ]
 Data = Annotated[
-    Path, typer.Option(help="Folder with train/CLASS/*.png …, .npz, .jsonl(.gz), hub:NAME@REVISION, demo:NAME.")
+    Path, typer.Option(help="Folder of train/CLASS/*.png files, .npz, .jsonl(.gz), hub:NAME@COMMIT, demo:NAME.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Inputs a batch.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="<n>", help="Inputs a batch.")]
 
 
 def refuse(reason: str, given: dict[str, Any]) -> None:
