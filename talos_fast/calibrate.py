@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from talos_fast.arguments import check_seed
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Batches, Forward, default_forward, device_of
@@ -93,8 +94,8 @@ def calibrate(
         share the damage. More samples raise both.
 
     Raises:
-        TalosError: density or rounds out of range, nothing maskable, no batch, NaN or infinite logits, sensitivities
-            that are all zero, a checkpoint of another run, or another rank failed.
+        TalosError: density, rounds or seed out of range, nothing maskable, no batch, NaN or infinite logits,
+            sensitivities that are all zero, a checkpoint of another run, or another rank failed.
     """
     start = time.perf_counter()
     fraction = resolve_density(density, sparsity)
@@ -104,6 +105,7 @@ def calibrate(
         raise TalosError(
             f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"
         )
+    check_seed("seed", seed)
     include, exclude = patterns(include), patterns(exclude)
     model, ranks = unwrapped(model), Ranks()
     parameters = maskable_parameters(model, include, exclude)

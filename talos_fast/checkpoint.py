@@ -15,11 +15,13 @@ from talos_fast import storage
 from talos_fast.errors import TalosError
 
 FILE = "checkpoint.safetensors"
+FIRST = "first"
+"""The folder, inside its own, of the run that a method starts with."""
 
 
 def remove(folder: Path) -> None:
     """Deletes what `Checkpoint` wrote in a folder, and in that of a first run; the folders stay where others wrote."""
-    for place in (folder / "first", folder):
+    for place in (folder / FIRST, folder):
         for file in (place / FILE, *place.glob(f".{FILE}.*")):  # a run that was killed leaves half a file
             file.unlink(missing_ok=True)
         with suppress(OSError):

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from talos_fast.arguments import check_seed
 from talos_fast.calibrate import restored
-from talos_fast.checkpoint import Checkpoint
+from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint, require_base
 from talos_fast.forward import Batches, Forward, default_forward, require_plain
@@ -124,7 +125,7 @@ def finetune(
 
     def first(setup: Setup) -> Deltas:
         with restored(setup.trained):
-            train(setup, f"{method}, first run", folder and folder / "first")
+            train(setup, f"{method}, first run", folder and folder / FIRST)
             return setup.export()
 
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -171,6 +172,7 @@ def _recipe(
     if schedule not in ("cosine", "constant"):
         raise TalosError(f"schedule={schedule!r}: choose 'cosine' or 'constant'")
     require_amp_and_clip(amp, clip)
+    check_seed("seed", seed)
     if steps is None:
         try:
             count = len(batches)  # type: ignore[arg-type]

@@ -1,7 +1,10 @@
 """The command line in one process: the verbs on a tiny text model, and one clear line for bad input."""
 
 import gzip
+import itertools
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -11,6 +14,7 @@ from tiny_models import text_task, write_bert
 
 from talos_fast import Mask, TaskVector
 from talos_fast.cli import main
+from talos_fast.models import encoders
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,31 @@ def test_the_verbs_in_a_row(run, place):
     assert (place / "i.png").read_bytes().startswith(b"\x89PNG")
     forget = "--subtract words.vector --alpha search --data words.jsonl.gz --control more.jsonl.gz"
     assert "control" in made(run, f"merge {model} {forget} --out negated")
+
+
+@pytest.mark.parametrize("command, said", [
+    ("calibrate", "--checkpoint-dir would keep finished rounds"),
+    ("calibrate --checkpoint-dir rounds", "the same command goes on from rounds"),
+    ("finetune --method nonlinear --out stopped", "the same command goes on from stopped/checkpoint"),
+])  # fmt: skip
+def test_interrupted_it_says_where_it_goes_on(run, place, monkeypatch, command, said):
+    texts = itertools.count()
+
+    def reading(tokenizer, batch, *rest, tokenize=encoders.tokenize):
+        if next(texts) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return tokenize(tokenizer, batch, *rest)
+
+    monkeypatch.setattr(encoders, "tokenize", reading)
+    line = f"{command} --model hf:bert --batch-size 8 -q --data"
+    code, _, err = run(f"{line} words.jsonl.gz")
+    assert code == 130 and f"interrupted; {said}" in err
+    if "stopped" in command:
+        code, _, err = run(f"{line} more.jsonl.gz")
+        assert code == 2 and "stopped/checkpoint/checkpoint.safetensors: of a run with other batches" in err
+        assert "--no-resume" in err
+        made(run, f"{line} words.jsonl.gz")
+        assert json.loads((place / "stopped" / "task_vector_config.json").read_text())["info"]["task"] == "words"
 
 
 def test_vectors_of_linearized_models(run, place):

@@ -245,6 +245,7 @@ def test_accumulation_is_a_larger_batch(net):
     ({"epochs": 1, "steps": 1}, "give one of them"),
     ({"steps": 0}, "steps=0"),
     ({"steps": 2.5}, "steps=2.5: must be an integer, at least 1"),
+    ({"seed": -1}, "seed=-1: must be an integer, from 0 to"),
     ({"warmup": -1}, "warmup=-1: must be an integer, at least 0"),
     ({"lr": 0.0}, "lr=0.0"),
     ({"lr": float("inf")}, "lr=inf: must be positive and finite"),

@@ -78,13 +78,14 @@ def calibrate(
     (task,) = o.load_tasks([data])
     backbone = run.backbone()
     classifier = backbone.classifier(task)
-    mask = talos.calibrate(
-        classifier, backbone.batches(task.train, batch_size=batch_size, seed=run.seed, limit=samples),
-        density=density, sparsity=sparsity, estimator=estimator, rounds=rounds, damage=damage,
-        samples_per_input=samples_per_input, include=include, exclude=exclude, precision=precision,
-        scores_device=scores_device, stability=stability, checkpoint_dir=checkpoint_dir, resume=resume, seed=run.seed,
-        progress=not run.quiet,
-    )  # fmt: skip
+    with o.resumable(checkpoint_dir):
+        mask = talos.calibrate(
+            classifier, backbone.batches(task.train, batch_size=batch_size, seed=run.seed, limit=samples),
+            density=density, sparsity=sparsity, estimator=estimator, rounds=rounds, damage=damage,
+            samples_per_input=samples_per_input, include=include, exclude=exclude, precision=precision,
+            scores_device=scores_device, stability=stability, checkpoint_dir=checkpoint_dir, resume=resume,
+            seed=run.seed, progress=not run.quiet,
+        )  # fmt: skip
     mask.info |= {**run.source, "task": task.name, "samples": min(samples, len(task.train))}
     mask.save(out)
     typer.echo(f"{out}: {mask}")
@@ -127,17 +128,13 @@ def finetune(
     backbone = run.backbone()
     classifier = backbone.classifier(task)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
-    try:
-        with restored(dict(classifier.named_parameters())):
-            vector = talos.finetune(
-                classifier, batches, method=method, mask=selected, density=density, finetuned=full, rank=rank,
-                lora_alpha=lora_alpha, compat=compat, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay,
-                warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, compile=compile,
-                checkpoint_dir=checkpoint, resume=resume, seed=run.seed, progress=not run.quiet,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from {checkpoint}", err=True)
-        raise typer.Exit(130) from None
+    with o.resumable(checkpoint), restored(dict(classifier.named_parameters())):
+        vector = talos.finetune(
+            classifier, batches, method=method, mask=selected, density=density, finetuned=full, rank=rank,
+            lora_alpha=lora_alpha, compat=compat, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay,
+            warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, compile=compile,
+            checkpoint_dir=checkpoint, resume=resume, seed=run.seed, progress=not run.quiet,
+        )  # fmt: skip
     vector.info |= {**run.source, "task": task.name, "batch_size": batch_size}
     vector.save_pretrained(out)
     if checkpoint_dir is None:

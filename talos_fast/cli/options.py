@@ -3,7 +3,8 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,6 +124,17 @@ def refuse(reason: str, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None and value != []:
             raise TalosError(f"{name} means nothing {reason}; leave it out")
+
+
+@contextmanager
+def resumable(place: Path | None) -> Iterator[None]:
+    """Says on Ctrl-C where the same command goes on from, and exits with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = f"the same command goes on from {place}" if place else "--checkpoint-dir would keep finished rounds"
+        typer.echo(f"interrupted; {hint}", err=True)
+        raise typer.Exit(130) from None
 
 
 def load_tasks(paths: list[Path]) -> list[Task]:

@@ -70,14 +70,11 @@ def suite(
     whole = Suite(given.tasks, given.control, plan, recipes, merge or [])
     identity = {"pretrained": run.pretrained, "device": run.device, "dtype": run.dtype}
     backbone = run.backbone()
-    try:
+    with o.resumable(out):
         result = run_suite(
             backbone, whole, out, identity=identity,
             progress=not run.quiet, finished=lambda so_far: typer.echo(f"{so_far.methods[-1].method}: done"),
         )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from {out}", err=True)
-        raise typer.Exit(130) from None
     _print(result)
     typer.echo(f"{out / 'table.md'}, {out / 'report.json'}: the table; {out / 'cells'}: masks, vectors, every part")
 
