@@ -99,13 +99,7 @@ def calibrate(
     """
     start = time.perf_counter()
     fraction = resolve_density(density, sparsity)
-    if not (isinstance(rounds, Integral) and rounds >= 1):
-        raise TalosError(f"rounds={rounds}: must be an integer, at least 1")
-    if not 0.0 <= damage <= 1.0:
-        raise TalosError(
-            f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"
-        )
-    check_seed("seed", seed)
+    _check(rounds, damage, seed)
     include, exclude = patterns(include), patterns(exclude)
     model, ranks = unwrapped(model), Ranks()
     parameters = maskable_parameters(model, include, exclude)
@@ -142,6 +136,16 @@ def calibrate(
                 file.save(state)
     report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
     return Mask(state.kept, base=base, info=recipe | report)
+
+
+def _check(rounds: int, damage: float, seed: int) -> None:
+    if not (isinstance(rounds, Integral) and rounds >= 1):
+        raise TalosError(f"rounds={rounds}: must be an integer, at least 1")
+    if not 0.0 <= damage <= 1.0:
+        raise TalosError(
+            f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"
+        )
+    check_seed("seed", seed)
 
 
 class _RoundScores:
