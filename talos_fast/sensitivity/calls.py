@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.sensitivity.alias import Alias
-from talos_fast.sensitivity.axis import Axis
+from talos_fast.sensitivity.axis import SCALE, Axis
 from talos_fast.sensitivity.registry import Make
 
 Site = tuple[str, tuple[str, ...], int]
@@ -23,16 +23,18 @@ class Plan:
         uncovered: name -> why its scores cannot come from capture.
         shared: sites whose rows do not belong to samples, so that they are functions of the parameter alone.
         axes: (site, pattern of its rows) -> where the samples are; None where no gradient arrives.
+        scale: what fp16 gradients are multiplied by while axes are sought.
     """
 
     uncovered: dict[str, str] = field(default_factory=dict)
     shared: set[Site] = field(default_factory=set)
     axes: dict[Any, Axis | None] = field(default_factory=dict)
+    scale: float = SCALE
 
 
 @dataclass
 class Call:
-    """One hooked output."""
+    """One hooked output; ``seen`` are the values and norms of its gradient's rows, without codes and with them."""
 
     site: Site
     aliases: list[Alias]
@@ -43,11 +45,11 @@ class Call:
     inputs: list[tuple[Tensor, int]]
     aliasing: bool
     reached: bool = False
-    coded: Tensor | None = None
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def release(self) -> None:
         """Frees what the formulas hold, such as the layer's input."""
-        self.makes, self.inputs, self.coded = [], [], None
+        self.makes, self.inputs, self.seen = [], [], []
 
 
 def tapped(anchor: Tensor, output: Tensor, aliases: Iterable[Alias], receive: Callable[[Tensor], None]) -> Tensor:

@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from talos_fast.sensitivity.alias import Alias, derived
-from talos_fast.sensitivity.axis import Axis, codes, consistent, pattern, row_values
+from talos_fast.sensitivity.axis import pattern
 from talos_fast.sensitivity.calls import Call, Plan, Site, tapped
+from talos_fast.sensitivity.observer import Observer
 from talos_fast.sensitivity.registry import ALIASING, CUTTING, RULES, Make, Split, UncoveredError
 from talos_fast.sensitivity.uses import PerSample, Use
 
@@ -49,8 +50,8 @@ class Capture(TorchFunctionMode):
         self._calls: list[Call] = []
         self._expected: dict[str, int] = {}
         self._uses: dict[str, list[Use]] = {}
-        self._codes: Tensor | None = None
-        self._coding = self._keeping = False
+        self._observer = Observer(samples, plan)
+        self._keeping = False
         # Tying it to an output makes that output require a gradient; its own gradient is never looked at.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -140,6 +141,7 @@ class Capture(TorchFunctionMode):
             [(tensor, tensor._version) for tensor in inputs], self._aliasing,
         )  # fmt: skip
         self._calls.append(call)
+        self._observer.expect(output)
         for alias in call.aliases:
             self._expected[alias.name] = self._expected.get(alias.name, 0) + 1
         if not output.requires_grad:
@@ -175,17 +177,8 @@ class Capture(TorchFunctionMode):
             return
         with torch.autocast(logits.device.type, enabled=False):
             for n, coefficients in enumerate(probes):
-                # What one probe leaves open, the next has to look at again: its gradient may be in other rows.
-                if self.samples > 1 and any(call.known not in self.plan.axes for call in self._calls):
-                    self._observe(logits, coefficients, codes(self.samples, generator))
+                self._observer.look(self._calls, logits, coefficients, generator)
                 self._backward(logits, coefficients, last=n + 1 == len(probes))
-
-    def _observe(self, logits: Tensor, coefficients: Tensor, code: Tensor) -> None:
-        """A backward with a code a sample, whose row values the next one, with the same coefficients, compares."""
-        self._codes, self._coding = code, True
-        code = code.to(logits.device, logits.dtype)
-        (logits * coefficients * code[:, None]).sum().backward(retain_graph=True)
-        self._coding = False
 
     def _backward(self, logits: Tensor, coefficients: Tensor, last: bool) -> None:
         self._keeping = not last
@@ -193,19 +186,15 @@ class Capture(TorchFunctionMode):
         # A use whose output did not reach the logits has no gradient; the others of its parameter are still waiting.
         for name in list(self._uses):
             self._finish(name)
-        for call in self._calls if self._codes is not None else ():
-            if not call.reached:
-                self.plan.axes.setdefault(call.known, None)
-        self._codes = None
+        self._observer.finish(self._calls)
 
     def _receive(self, call: Call, gradient: Tensor) -> None:
         gradient = call.view(gradient)
         call.reached = True
-        if self._coding:
-            call.coded, _ = row_values(gradient, call.features)
-            return
+        if self._observer.looking:
+            return self._observer.receive(call, gradient)
         names = [alias.name for alias in call.aliases]
-        axis = self._axis(call, gradient)
+        axis = self._observer.axis(call, gradient)
         if axis is None:
             if self._exploring and call.aliasing:
                 self.plan.shared.add(call.site)
@@ -222,19 +211,6 @@ class Capture(TorchFunctionMode):
                     )
         if not self._keeping:
             call.release()
-
-    def _axis(self, call: Call, gradient: Tensor) -> Axis | None:
-        """Where the samples are among the rows; None if nowhere."""
-        if self.samples == 1:
-            return Axis(0, True)
-        if call.coded is None or self._codes is None:
-            return self.plan.axes.get(call.known)
-        plain, scale = row_values(gradient, call.features)
-        axes, said = consistent(call.coded, plain, scale, self._codes)
-        if said and len(axes) == 1:
-            self.plan.axes[call.known] = axes[0]
-        # Several axes differ in rows without gradient only, so for this batch each is right.
-        return axes[0] if axes else None
 
     def _record(self, name: str, use: Use) -> None:
         self._uses.setdefault(name, []).append(use)

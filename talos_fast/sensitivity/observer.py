@@ -1,0 +1,81 @@
+"""Backwards of which only row values are kept, from which the batch axis of every use is read."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from talos_fast.sensitivity.axis import HALF, STEP, WIDE, Axis, codes, consistent, row_values
+from talos_fast.sensitivity.calls import Call, Plan
+
+
+class Observer:
+    """Looks where the samples are, before the backward that is scored and during it.
+
+    Args:
+        samples: N, the number of samples in the batch.
+        plan: what is known about the model; its axes are completed here.
+    """
+
+    def __init__(self, samples: int, plan: Plan) -> None:
+        self.samples, self.plan = samples, plan
+        self.looking = False
+        self._codes: Tensor | None = None
+        self._limits = WIDE
+
+    def expect(self, output: Tensor) -> None:
+        """Must be told of every output, to know whether some gradients are in fp16."""
+        if output.dtype is torch.float16:
+            self._limits = HALF
+
+    def look(self, calls: Sequence[Call], logits: Tensor, coefficients: Tensor, generator: torch.Generator) -> None:
+        """Backwards for the calls' `receive`, unless all their axes are known; the one that is scored must come next.
+
+        It is the one that codes are compared with, but for fp16, where both are scaled up (see axis.py).
+        """
+        # What one probe leaves open, the next has to look at again: its gradient may be in other rows.
+        if self.samples == 1 or all(call.known in self.plan.axes for call in calls):
+            return
+        self.looking = True
+        for call in calls:
+            call.seen.clear()
+        if self._limits is HALF:
+            while not self._fits(calls, logits, coefficients * self.plan.scale) and self.plan.scale > 1:
+                self.plan.scale /= STEP
+            coefficients = coefficients * self.plan.scale
+        self._codes = codes(self.samples, generator)
+        code = self._codes.to(logits.device, logits.dtype)
+        (logits * (coefficients * code[:, None])).sum().backward(retain_graph=True)
+        self.looking = False
+
+    def _fits(self, calls: Sequence[Call], logits: Tensor, coefficients: Tensor) -> bool:
+        """Whether no gradient overflows, of a backward whose row values are kept."""
+        for call in calls:
+            call.seen.clear()
+        (logits * coefficients).sum().backward(retain_graph=True)
+        return all(bool(norms.isfinite().all()) for call in calls for _, norms in call.seen)
+
+    def receive(self, call: Call, gradient: Tensor) -> None:
+        """Keeps what is needed of a gradient (*rows, *features) while `looking`."""
+        call.seen.append(row_values(gradient, call.features))
+
+    def axis(self, call: Call, gradient: Tensor) -> Axis | None:
+        """Where the samples are among the rows of the gradient that is scored; None if nowhere."""
+        if self.samples == 1:
+            return Axis(0, True)
+        if not call.seen or self._codes is None:
+            return self.plan.axes.get(call.known)
+        *plain, (coded, _) = call.seen
+        values, norms = plain[0] if plain else row_values(gradient, call.features)
+        axes, said = consistent(coded, values, norms, self._codes, self._limits)
+        if said and len(axes) == 1:
+            self.plan.axes[call.known] = axes[0]
+        # Several axes differ in rows without gradient only, so for this batch each is right.
+        return axes[0] if axes else None
+
+    def finish(self, calls: Sequence[Call]) -> None:
+        """To be called when the backward that is scored has ended."""
+        for call in calls if self._codes is not None else ():
+            if not call.reached:
+                self.plan.axes.setdefault(call.known, None)
+        self._codes = None
