@@ -79,6 +79,8 @@ class TaskVector(
     def apply_to(self, target: Target, scaling_coef: float = 1.0, *, check_base: bool = True) -> Target:
         """Adds ``scaling_coef`` times the vector, in place; `revert` takes it back bit for bit.
 
+        One of a linearized model moves the parameters too; `talos_fast.merge` is what evaluates it as it was trained.
+
         Args:
             target: the base, as a module or state dict; only entries that moved are written.
             scaling_coef: 1 restores the fine-tuned model exactly, negative values forget the task.

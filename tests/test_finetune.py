@@ -148,6 +148,15 @@ def test_a_scheduler_that_ends_the_program_leaves_a_checkpoint(net, tmp_path):
     assert (tmp_path / "checkpoint.safetensors").exists() and signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_a_signal_that_is_ignored_stays_so(net):
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        finetune(net, loader(), method="nonlinear", forward=interrupting(2, signal.SIGTERM), steps=3, progress=False)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_a_checkpoint_of_another_run_is_refused(net, tmp_path):
     start = copy.deepcopy(net)
     finetune(net, loader(), method="nonlinear", steps=2, checkpoint_dir=tmp_path, progress=False)
