@@ -57,6 +57,12 @@ def test_groups_closures_and_missing_gradients(place):
     assert_stepped_by(optimizer, place)
 
 
+def test_groups_of_the_caller_keep_their_masks():
+    groups = [{"params": parameters()[:1], "masks": masks()[:1]}]
+    for _ in range(2):
+        assert f"{int(masks()[0].sum())} of" in repr(MaskedAdam(groups))
+
+
 def test_a_group_whose_masks_do_not_fit_is_not_added():
     params = parameters()
     optimizer = MaskedAdam(params[:1])

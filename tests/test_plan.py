@@ -268,3 +268,27 @@ def test_channels_last_weights_step_as_they_lie():
             optimizer.step()
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0][~mask], start[~mask])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_weights_that_are_laid_out_anew_under_the_optimizer(layout, steps, compact):
+    """Their entries stay numbered by the strides that they had."""
+    torch.manual_seed(0)
+    start, mask = torch.randn(8, 16, 3, 3), random_mask((8, 16, 3, 3), 0.3)
+    other = {torch.channels_last, torch.contiguous_format}.difference({layout}).pop()
+    weights = [torch.nn.Parameter(start.clone(memory_format=layout)) for _ in (0, 1)]
+    for p, moves in zip(weights, (True, False), strict=True):
+        optimizer = MaskedAdam([p], masks=[mask])
+        if compact:
+            optimizer.compact_gradients()
+        for step in range(4):
+            if moves and step == steps:
+                p.data = p.data.contiguous(memory_format=other)
+            torch.manual_seed(step)
+            (p * torch.randn(8, 16, 3, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
+    assert torch.equal(weights[0][~mask], start[~mask])

@@ -102,7 +102,10 @@ class MaskedAdam(MaskedGradients):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group may carry ``masks`` for its own parameters."""
-        masks = param_group.pop("masks", None)
+        masks = None
+        if isinstance(param_group, dict) and "masks" in param_group:
+            param_group = dict(param_group)  # the caller may make another optimizer of it
+            masks = param_group.pop("masks")
         super().add_param_group(param_group)
         if masks is not None:
             try:

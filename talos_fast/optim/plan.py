@@ -83,6 +83,11 @@ class Selection:
         return flags[: self.numel]
 
     @cached_property
+    def in_c_order(self) -> bool:
+        """Whether memory order is C order: of a contiguous parameter, unless it was made so after this selection."""
+        return self.order == tuple(range(len(self.order)))
+
+    @cached_property
     def positions(self) -> Tensor:
         """The selected positions in memory order, ascending, int32 where that suffices; for plain torch only."""
         found = torch.from_numpy(np.flatnonzero(self.flags()))

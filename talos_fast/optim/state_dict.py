@@ -121,7 +121,7 @@ def _check_mask(name: Any, p: Tensor, selection: Selection | None, saved: Mappin
 
 def _memory_to_c(p: Tensor, selection: Selection) -> Tensor | None:
     """For each entry in C order its place among the entries in memory order; None if they are the same."""
-    if selection.order == tuple(range(p.dim())):
+    if selection.in_c_order:
         return None
     number = torch.zeros(selection.numel, dtype=torch.int64)
     number[selection.positions.cpu()] = torch.arange(selection.count)

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from talos_fast import ops
 from talos_fast.indexing import gather, scatter_
 from talos_fast.optim.operator import corrections
+from talos_fast.optim.plan import Selection
 from talos_fast.optim.state import Member, state_dtype
 
 _COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,8 +59,13 @@ def _fits(member: Member, gradient: Tensor) -> bool:
         and p.is_cpu
         and p.dtype in _COMPILED_DTYPES
         and (gradient.dtype is p.dtype or (gradient.shape != p.shape and gradient.dtype is state_dtype(p)))
-        and (p.is_contiguous() or p.permute(selection.order).is_contiguous())
+        and (_as_it_lies(p, selection) or p.permute(selection.order).is_contiguous())
     )
+
+
+def _as_it_lies(p: Tensor, selection: Selection) -> bool:
+    """Whether memory order needs no view of the parameter: a view costs as much as all else here."""
+    return p.is_contiguous() and selection.in_c_order
 
 
 def _step_compiled(pairs: Sequence[tuple[Member, Tensor]], step: float, group: Group, divisor: float) -> None:
@@ -81,9 +87,9 @@ def _step_compiled(pairs: Sequence[tuple[Member, Tensor]], step: float, group: G
 
 
 def _in_memory_order(member: Member, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Parameter and gradient, both contiguous. Most are as they come, and a view costs as much as all else here."""
+    """Parameter and gradient, both contiguous."""
     p, selection, _ = member
-    if selection is None or p.is_contiguous():
+    if selection is None or _as_it_lies(p, selection):
         return p, gradient.contiguous()
     if gradient.shape == p.shape:
         gradient = gradient.permute(selection.order)
