@@ -105,14 +105,15 @@ def calibrate(
     parameters = maskable_parameters(model, include, exclude)
     scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
     total = sum(p.numel() for p in parameters.values())
-    if isinstance(batches, Iterator):
-        batches = list(batches)  # an iterator can be read once, the rounds read it again
+    # An iterator can be read once, the rounds read it again.
+    batches = ranks.together(lambda: list(batches) if isinstance(batches, Iterator) else batches)
     base = fingerprint(model)
     recipe: dict[str, Any] = {
         "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
         "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
     }  # fmt: skip
     identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
+    ranks.require_same(identity, "weights or options")
     moved = parameters if rounds > 1 and damage != 1.0 else {}
     with repeatable(batches, seed, device_of(model)) as batches, restored(moved), interruptible() as interrupted:
         if checkpoint_dir is not None:
@@ -132,8 +133,7 @@ def calibrate(
                 _damage(parameters, {name: old & ~chosen[0][name] for name, old in state.kept.items()}, damage)
             spent = state.seconds + time.perf_counter() - start
             state, start = Survivors(chosen, state.rows, number, spent, samples), time.perf_counter()
-            if ranks.rank == 0:
-                file.save(state)
+            file.save(state, ranks)
     report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
     return Mask(state.kept, base=base, info=recipe | report)
 

@@ -56,12 +56,13 @@ def finetune(
 ) -> TaskVector:
     """Trains ``model`` in place and returns finetuned - pretrained.
 
+    In one process: where torch.distributed is initialized each rank trains on its own.
     Ctrl-C, or SIGTERM, stops after the running step; with ``checkpoint_dir`` the same call on the pre-trained model
     goes on from there and gives the very result of a run that was not interrupted.
 
     Args:
-        model: the pre-trained model; left in its mode and with its ``requires_grad`` flags. Batch norms keep their
-            running statistics, and use them: a vector holds parameters only.
+        model: the pre-trained model; left in its mode and with its ``requires_grad`` flags. Its buffers are
+            left as they were, and batch norms use their running statistics: a vector holds parameters only.
         batches: ``(inputs, labels)`` or mappings with ``labels``, read anew each epoch.
         method: "talos" (needs ``mask``), "nonlinear", "linearized", "l-lora" or "lota"; see `talos_fast.methods`.
         mask: talos: which entries move; all others stay bit-identical.
@@ -88,7 +89,8 @@ def finetune(
         compile: compiles the forward, and the backward pass with it, by `torch.compile`. For another mode or backend
             pass a ``forward`` that is compiled; a module that is compiled is refused.
         checkpoint_dir: where the run's state is kept, written every minute and when it stops. Other batches than its
-            own are refused, by the first of the epoch; random augmentation must draw from torch's generators.
+            own are refused, by the first of the epoch. It goes on exactly if random augmentation draws from torch's
+            generators, and in no persistent worker.
         resume: take up a checkpoint that is there.
         seed: of everything random.
         progress: a bar on a terminal.
@@ -98,8 +100,9 @@ def finetune(
         linearized model (``vector.linearized``); `merge` and `search_alpha` evaluate them as they were trained.
 
     Raises:
-        TalosError: bad arguments; a compiled module; a mask of another model; no batch; NaN or infinite logits, loss or
-            gradients (the batch is named and its step not taken); a checkpoint of another run.
+        TalosError: bad arguments; a module that is compiled or wrapped for several devices; a mask of another model; no
+            batch; NaN or infinite logits, loss or gradients (the batch is named and its step not taken); a checkpoint
+            of another run.
     """
     chosen = get_method(method, compat)
     peak = chosen.lr if lr is None else lr
@@ -129,7 +132,8 @@ def finetune(
             return setup.export()
 
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    with kept_flags_and_modes(model):
+    # A vector holds parameters only: with buffers that moved base + vector would not be the trained model.
+    with kept_flags_and_modes(model), restored(dict(model.named_buffers())):
         setup = chosen.prepare(Request(model, forward or default_forward, peak, weight_decay, options, first))
         trainer = train(setup, method, folder)
         deltas = setup.export()
@@ -143,11 +147,14 @@ def finetune(
 
 @contextmanager
 def kept_flags_and_modes(model: nn.Module) -> Iterator[None]:
-    """Brings back ``requires_grad`` and training modes, and drops gradients."""
+    """Gradients are on, and there are none of before; brings back flags and modes, and drops gradients again."""
     flags = {p: p.requires_grad for p in model.parameters()}
     modes = {module: module.training for module in model.modules()}
+    for p in flags:
+        p.grad = None
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for p, flag in flags.items():
             p.requires_grad_(flag)

@@ -83,17 +83,22 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def require_plain(model: nn.Module) -> None:
-    """Refuses a module that is compiled, itself or in part.
+    """Refuses a module that is compiled, itself or in part, or wrapped for several devices.
 
     Methods give parameters and functions other meanings around a forward; linearized ones lost their gradient in it.
+    Names with a wrapper's prefix would not be those of the base.
 
     Raises:
         TalosError: names the module.
     """
     for name, module in model.named_modules():
+        where = name or type(model).__name__
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise TalosError(f"{where}: the module is compiled; pass the plain one, with compile=True")
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise TalosError(
-                f"{name or type(model).__name__}: the module is compiled; pass the plain one, with compile=True"
+                f"{where}: finetune trains one model in one process; pass the .module inside, or train with "
+                "MaskedAdam in a loop of your own"
             )
 
 

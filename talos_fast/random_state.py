@@ -10,30 +10,44 @@ from torch import Tensor
 from talos_fast.forward import Batch, Batches
 
 
+def sources(batches: Batches) -> list[Any]:
+    """The batches, and what chooses and makes their samples: a loader's samplers and data set."""
+    inner = getattr(batches, "batch_sampler", None)
+    found = [batches, getattr(batches, "sampler", None), inner, getattr(inner, "sampler", None)]
+    return [one for one in (*found, getattr(batches, "dataset", None)) if one is not None]
+
+
 class RandomState:
-    """torch's generators: the CPU's, the device's, and the one that shuffles the batches, if they have their own."""
+    """torch's generators: the CPU's, the device's, and those that the batches have of their own.
+
+    Workers that outlive an epoch are started here: the pass that starts them draws a seed, which others do not.
+    """
 
     def __init__(self, batches: Batches, device: torch.device) -> None:
-        loader = getattr(batches, "generator", None)
-        self._loader = loader if isinstance(loader, torch.Generator) else None
+        given = [getattr(source, "generator", None) for source in sources(batches)]
+        own = {id(one): one for one in given if isinstance(one, torch.Generator)}
+        self._own = {f"batches{number}": one for number, one in enumerate(own.values())}
         self._device = device if device.type == "cuda" else None
+        if getattr(batches, "persistent_workers", False):
+            before = self.get()
+            iter(batches)
+            self.set(before)
 
     def get(self) -> dict[str, Tensor]:
         """The states, as byte tensors."""
         states = {"cpu": torch.get_rng_state()}
         if self._device is not None:
             states["cuda"] = torch.cuda.get_rng_state(self._device)
-        if self._loader is not None:
-            states["loader"] = self._loader.get_state()
-        return states
+        return states | {name: generator.get_state() for name, generator in self._own.items()}
 
     def set(self, states: Mapping[str, Tensor]) -> None:
         """Brings back what `get` gave; of generators that both sides have."""
         torch.set_rng_state(states["cpu"])
         if self._device is not None and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self._device)
-        if self._loader is not None and "loader" in states:
-            self._loader.set_state(states["loader"])
+        for name, generator in self._own.items():
+            if name in states:
+                generator.set_state(states[name])
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,16 @@ class Survivors:
 
 
 def data_digest(batches: Batches, ranks: Ranks) -> str:
-    """A digest, as hex, of the first batch of every rank together; reads no more."""
-    found = 0
+    """A digest, as hex, of the first batch of every rank together, which is read twice.
 
-    def look() -> None:
-        nonlocal found
-        for batch in batches:
-            found = int(batch_digest(batch)[:12], 16)  # so that sums stay within int64
-            return
+    Batches that are never twice the same cannot be told from others: theirs is that of no batch.
+    """
 
-    ranks.together(look)
-    return f"{ranks.total(found):x}"
+    def look() -> int:
+        once, again = ([batch_digest(batch) for batch in islice(batches, 1)] for _ in range(2))
+        return int(once[0][:12], 16) if once == again != [] else 0  # so short that sums stay within int64
+
+    return f"{ranks.total(ranks.together(look)):x}"
 
 
 class RoundFile:
@@ -105,8 +105,11 @@ class RoundFile:
         self.path = None if folder is None else Path(folder) / FILE
         self._identity, self._resume = dict(identity), resume
 
-    def save(self, state: Survivors) -> None:
-        """Writes it, atomically."""
+    def save(self, state: Survivors, ranks: Ranks) -> None:
+        """Writes it, atomically, on the first rank."""
+        ranks.together(lambda: self._write(state) if ranks.rank == 0 else None)
+
+    def _write(self, state: Survivors) -> None:
         if self.path is not None:
             masks = {f"{part}:{name}": tensor for part, mask in enumerate(state.masks) for name, tensor in mask.items()}
             progress = {name: getattr(state, name) for name in ("round", "seconds", "samples")}
@@ -119,9 +122,9 @@ class RoundFile:
             TalosError: a damaged file, or one of another model or recipe (says what differs); or ranks see different
                 files.
         """
-        found = self._read(parameters) if self.path is not None and self._resume and self.path.exists() else None
-        rounds = found.round if found else 0
-        if ranks.most(rounds) != -ranks.most(-rounds):
+        there = self.path is not None and self._resume and self.path.exists()
+        found = ranks.together(lambda: self._read(parameters) if there else None)
+        if not ranks.agree(found.round if found else 0):
             raise TalosError(f"{self.path}: not the same file on all ranks; put checkpoint_dir on a shared file system")
         return found
 

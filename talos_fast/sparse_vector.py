@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from talos_fast.delta import SparseDelta
@@ -88,12 +89,14 @@ class SparseVector:
             mask: name -> bool tensor of the parameter's shape (a `Mask` is such a mapping).
 
         Raises:
-            TalosError: a shape that differs.
+            TalosError: a shape that differs, or a mask that is not bool.
         """
         kept = {}
         for name, delta in self.deltas.items():
             if name not in mask:
                 continue
+            if mask[name].dtype is not torch.bool:
+                raise TalosError(f"{name!r}: the mask is {mask[name].dtype}, not torch.bool; True keeps an entry")
             if tuple(mask[name].shape) != delta.shape:
                 raise TalosError(f"{name!r}: the mask has shape {tuple(mask[name].shape)}, the vector {delta.shape}")
             kept[name] = delta.select(gather(mask[name], delta.indices))

@@ -127,8 +127,16 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, atomically."""
+    text = _json(path, content, indent=2)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(text + "\n")
+
+
+def _json(path: Path, content: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(content, indent=indent, sort_keys=True)
+    except TypeError as error:
+        raise TalosError(f"{path}: what is to be written is no JSON ({error}); give plain numbers and texts") from error
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -154,7 +162,7 @@ def write(path: Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping
         "talos_format": str(FORMAT_VERSION),
         "kind": kind,
         "checksum": _checksum(contiguous),
-        "content": json.dumps(content, sort_keys=True),
+        "content": _json(path, content),
     }
     with atomic(path) as temporary:
         save_file(contiguous, temporary, metadata=metadata)

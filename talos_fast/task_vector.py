@@ -130,7 +130,8 @@ class TaskVector(
             **hub_options: as `huggingface_hub.ModelHubMixin.save_pretrained` (``repo_id``, ``push_to_hub``, …).
 
         Raises:
-            TalosError: the folder cannot be written (the old files are untouched), or "replace" without the base.
+            TalosError: the folder cannot be written (the old files are untouched); "replace" without the base, or of a
+                vector that was scaled or summed and would be rounded.
         """
         self._encoding = (kind, base)
         try:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from talos_fast.fingerprint import batch_digest
 from talos_fast.forward import Batch, Batches
 from talos_fast.interrupt import interruptible
 from talos_fast.methods import Setup
-from talos_fast.random_state import RandomState, seeded
+from talos_fast.random_state import RandomState, seeded, sources
 from talos_fast.step import Amp, Loss, Step
 
 Schedule = Literal["cosine", "constant"]
@@ -85,7 +85,6 @@ class Trainer:
     ) -> None:
         self._setup, self._batches, self._recipe, self._checkpoint = setup, batches, recipe, checkpoint
         self._step = Step(setup, model, loss, clip=recipe.clip, accumulate=recipe.accumulate, amp=recipe.amp)
-        self._random = RandomState(batches, self._step.device)
         self._reached: deque[Progress] = deque()  # after updates of which it is not yet known whether they were good
         self._good = 0
         self._data = ""
@@ -104,6 +103,7 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C, after the step that was running and its checkpoint.
         """
         with seeded(self._recipe.seed, self._step.device):
+            self._random = RandomState(self._batches, self._step.device)
             resumed = self._resume()
             if self._progress.position.step >= self._recipe.steps:
                 # What comes next goes on as after a run that was not interrupted.
@@ -157,9 +157,9 @@ class Trainer:
         if known:
             self._random.set(known.epoch_random)
         self._epoch_random = self._random.get()
-        sampler: Any = getattr(self._batches, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        for source in sources(self._batches):
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(epoch)
         iterator = iter(self._batches)
         first = list(islice(iterator, 1))
         if not first:
@@ -193,8 +193,12 @@ class Trainer:
         saved = self._checkpoint.read() if self._checkpoint else None
         if saved is None or self._checkpoint is None:
             return None
-        iterator = self._open(saved.progress.position.epoch, saved.progress)
-        require_same_run(self._checkpoint.path, {"data": saved.progress.data}, {"data": self._data})
+        position, known = saved.progress.position, saved.progress.data
+        iterator = self._open(position.epoch, saved.progress)
+        if (found := self._data) != known and not isinstance(self._batches, Iterator):
+            iterator = self._open(position.epoch, saved.progress)
+        if found == self._data:  # batches that are never twice the same cannot be told from others
+            require_same_run(self._checkpoint.path, {"data": known}, {"data": found})
         saved.restore(self._setup.trained, self._setup.optimizer)
         self._progress = saved.progress
         return iterator

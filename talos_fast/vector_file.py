@@ -32,7 +32,7 @@ def save(
     for name, delta in deltas.items():
         tensors |= storage.pack_selection(name, delta.indices, delta.numel)
         if replace_from is not None:
-            tensors[f"{name}.values"] = delta.applied(gather(replace_from[name].cpu(), delta.indices))
+            tensors[f"{name}.values"] = _trained(name, delta, gather(replace_from[name].cpu(), delta.indices))
             continue
         tensors[f"{name}.values"] = delta.values
         if delta.rest is not None:
@@ -111,6 +111,17 @@ def load(
         else:
             deltas[name] = SparseDelta(tuple(shape), values, indices, _rest(name, tensors, values))
     return deltas, content["base"], content["info"]
+
+
+def _trained(name: str, delta: SparseDelta, base: Tensor) -> Tensor:
+    """The trained entries (k,), which must give the delta back."""
+    entries = delta.applied(base)
+    if not torch.equal((entries.double() - base.double()).to(delta.values.dtype), delta.values):
+        raise TalosError(
+            f"{name!r}: kind='replace' would round this vector to {base.dtype}; it is for trained vectors: "
+            "use kind='delta'"
+        )
+    return entries
 
 
 def _replaced(name: str, base: Tensor, indices: Tensor | None, values: Tensor) -> SparseDelta:

@@ -195,8 +195,8 @@ class Interrupting(list):
             yield batch
 
 
-# With a checkpoint the first batch is read once more, to know the data by it.
-@pytest.mark.parametrize("at", [2, 6, 13])
+# With a checkpoint the first batch is read twice more, to know the data by it.
+@pytest.mark.parametrize("at", [3, 7, 14])
 def test_an_interrupted_run_goes_on_and_gives_the_same_mask(tmp_path, at):
     net, data = attention_net(), sequences()
     before = [p.clone() for p in net.parameters()]
@@ -209,9 +209,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_mask(tmp_path, at):
     rest = Interrupting(data, -1)
     resumed = calibrate(net, rest, checkpoint_dir=tmp_path, progress=False)
     assert resumed == straight and resumed.info["stability"] == straight.info["stability"]
-    assert rest.read == 1 + 12 - (at - 2) // 3 * 3, "complete rounds are not repeated"
+    assert rest.read == 2 + 12 - (at - 3) // 3 * 3, "complete rounds are not repeated"
     again = Interrupting(data, -1)
-    assert calibrate(net, again, checkpoint_dir=tmp_path, progress=False) == straight and again.read == 1
+    assert calibrate(net, again, checkpoint_dir=tmp_path, progress=False) == straight and again.read == 2
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
@@ -276,6 +276,15 @@ def on_rank(rank: int, world: int, folder: str) -> None:
         broken = [(x * float("nan") if rank else x, y) for x, y in mine]
         with pytest.raises(TalosError, match="logits hold NaN" if rank else "another rank failed"):
             calibrate(net, broken, progress=False)
+        unread = (1 // (1 - rank) and batch for batch in mine)
+        with pytest.raises(ZeroDivisionError if rank else TalosError, match="by zero|another rank failed"):
+            calibrate(net, unread, progress=False)
+        place = f"{folder}/mask0.safetensors" if rank == 0 else f"{folder}/elsewhere"  # no folder on the first rank
+        with pytest.raises(TalosError, match="another rank failed" if rank else "cannot be written"):
+            calibrate(net, mine, checkpoint_dir=place, progress=False)
+        for options in ({"density": 0.1 + 0.1 * rank}, {"rounds": 1 + rank}):
+            with pytest.raises(TalosError, match="the ranks were given different weights or options"):
+                calibrate(net, mine, progress=False, **options)
     finally:
         dist.destroy_process_group()
 

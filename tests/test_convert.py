@@ -81,6 +81,15 @@ def test_from_adamw_and_back(dtype, named):
         assert all(torch.equal(p[m], q[m]) for p, q, m in zip(params, dense, masks(), strict=True))
 
 
+def test_from_adamw_takes_the_steps_of_old_checkpoints():
+    params = parameters()
+    run(optimizer := AdamW(params), params, range(3))
+    saved = optimizer.state_dict()
+    old = {**saved, "state": {n: {**state, "step": int(state["step"])} for n, state in saved["state"].items()}}
+    found = from_adamw(old, masks())["state"]
+    assert all(torch.equal(state["step"], saved["state"][number]["step"]) for number, state in found.items() if state)
+
+
 def test_from_adamw_refuses_masks_that_do_not_fit():
     params = parameters()
     theirs = AdamW(params)

@@ -8,10 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from adam_cases import device_of
 from conftest import HAS_GPU, interrupting
 from methods_cases import case, mask_of
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from talos_fast import Mask, TalosError, calibrate, evaluate, finetune, profile
@@ -68,6 +71,17 @@ def test_nonlinear_trains_everything(net):
     assert equal(state(vector.apply_to(base)), state(net))
 
 
+def test_gradients_of_before_count_for_nothing(net):
+    other = copy.deepcopy(net)
+    F.cross_entropy(net(loader().dataset.tensors[0]), loader().dataset.tensors[1]).backward()
+    for p in net.parameters():
+        p.grad.fill_(float("nan"))
+    with torch.no_grad():  # the caller's own mode counts for nothing either
+        finetune(net, loader(), method="nonlinear", lr=1e-2, steps=3, progress=False)
+    finetune(other, loader(), method="nonlinear", lr=1e-2, steps=3, progress=False)
+    assert equal(state(net), state(other))
+
+
 def test_a_full_mask_is_nonlinear(net):
     other = copy.deepcopy(net)
     full = Mask({name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters()})
@@ -92,13 +106,14 @@ def test_the_model_keeps_its_mode_flags_and_the_caller_its_random_state(net):
 
 @pytest.mark.parametrize("method", ["nonlinear", "talos", "linearized"])
 def test_running_statistics_stay_so_base_and_vector_are_the_trained_model(method):
-    net = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    last = nn.Linear(16, 4) if method == "linearized" else nn.utils.spectral_norm(nn.Linear(16, 4))
+    net = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), last)
     net[1].running_mean.normal_()
     net[1].running_var.uniform_(0.5, 2)
     base = copy.deepcopy(net)
     mask = Mask({name: torch.rand_like(p) < 0.5 for name, p in net.named_parameters()}) if method == "talos" else None
     vector = finetune(net, loader(), method=method, mask=mask, lr=1e-2, steps=10, progress=False)
-    assert equal(list(net.buffers()), list(base.buffers())) and net[1].training
+    assert equal(net.buffers(), base.buffers()) and net[1].training
     assert equal(state(vector.apply_to(base)), state(net))
 
 
@@ -287,6 +302,27 @@ def test_compiled(method, tmp_path, monkeypatch):
     norm = torch.cat([delta.flatten() for delta in plain.values()]).norm()
     assert found.keys() == plain.keys() and norm > 0
     assert torch.cat([(found[name] - plain[name]).flatten() for name in plain]).norm() < 1e-3 * norm
+
+
+def test_many_compiled_runs_do_not_share_a_limit(net, monkeypatch):
+    """torch counts recompilations by code object, and is eager from its limit on, with a warning in its own log."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    mask = Mask({name: torch.rand_like(p) < 0.5 for name, p in net.named_parameters()})
+    for run in range(4):
+        torch._dynamo.utils.counters.clear()
+        finetune(copy.deepcopy(net), loader(), mask=mask, compile=True, steps=2, progress=False)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, run
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, DistributedDataParallel])
+def test_what_is_wrapped_for_several_devices_is_refused(net, wrap, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(TalosError, match=f"{wrap.__name__}: finetune trains one model in one process; pass the"):
+            finetune(wrap(net), loader(), method="nonlinear", progress=False)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_is_compiled_is_refused(net):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -179,6 +180,22 @@ def test_replace_needs_its_base(tmp_path):
         vector.save_pretrained(tmp_path, kind="replace")
     with pytest.raises(TalosError, match="kind='x': choose 'delta' or 'replace'"):
         vector.save_pretrained(tmp_path, kind="x")
+    with pytest.raises(TalosError, match="kind='replace' would round this vector to torch.bfloat16"):
+        (0.3 * vector).save_pretrained(tmp_path, kind="replace", base=base)
     vector.save_pretrained(tmp_path, kind="replace", base=base)
     with pytest.raises(TalosError, match="pass base="):
         TaskVector.from_pretrained(tmp_path)
+
+
+def test_provenance_that_is_no_json_is_refused(tmp_path):
+    vector = TaskVector(*states(torch.float32), info={"accuracy": np.float32(0.5)})
+    with pytest.raises(TalosError, match="is no JSON .*float32.*; give plain numbers and texts"):
+        vector.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_bool_masks_restrict():
+    vector = TaskVector(*states(torch.float32))
+    name = next(iter(vector))
+    with pytest.raises(TalosError, match="the mask is torch.int64, not torch.bool"):
+        vector.restrict({name: torch.ones(vector.deltas[name].shape, dtype=torch.int64)})

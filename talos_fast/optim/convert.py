@@ -55,4 +55,5 @@ def _dense(saved: State) -> State:
 def _compact(saved: State, mask: Tensor) -> State:
     moments = {key: saved[key][mask.to(saved[key].device)] for key in MOMENTS if key in saved}
     shape = torch.tensor(mask.shape, dtype=torch.int64)
-    return {"step": saved["step"].clone(), **moments, "mask": pack(mask), "shape": shape}
+    step = torch.as_tensor(saved["step"], dtype=torch.float32).clone()  # a number in checkpoints of torch 1
+    return {"step": step, **moments, "mask": pack(mask), "shape": shape}

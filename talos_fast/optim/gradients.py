@@ -98,7 +98,8 @@ class MaskedGradients(AdamW):
         """The context in which linear layers compute the gradients of rows with selected entries only.
 
         Enter it around forward and backward; see `SelectedRows`. With `compact_gradients` called before, the product's
-        selected entries are all that is ever kept of a weight's gradient.
+        selected entries are all that is ever kept of a weight's gradient; they come to ``p.grad`` past autograd, which
+        calls no hook on them.
         """
         if self._rows is None:
             self._rows = SelectedRows(self._selections, {} if self._compaction is None else self._compaction.carriers)

@@ -1,12 +1,17 @@
 """Scoring over the ranks of torch.distributed: each brings its own batches, all get the sum."""
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from talos_fast.errors import TalosError
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -35,8 +40,24 @@ class Ranks:
         """The largest of a count over the ranks."""
         return int(self._reduce(torch.tensor(count), dist.ReduceOp.MAX))
 
-    def together(self, run: Callable[[], None]) -> None:
-        """Runs on every rank; where it fails or is interrupted on one, the others stop too instead of waiting for it.
+    def agree(self, number: int) -> bool:
+        """Whether a number is the same on all ranks."""
+        return self.most(number) == -self.most(-number)
+
+    def require_same(self, facts: Mapping[str, Any], what: str) -> None:
+        """Refuses facts (JSON) that are not the same on all ranks.
+
+        Raises:
+            TalosError: on every rank.
+        """
+        text = json.dumps(facts, sort_keys=True).encode()
+        if not self.agree(int.from_bytes(hashlib.blake2b(text, digest_size=6).digest())):
+            raise TalosError(f"the ranks were given different {what}; give all the same, and each its own batches")
+
+    def together(self, run: Callable[[], T]) -> T:
+        """Runs on every rank, and gives what it gave here.
+
+        Where it fails or is interrupted on one, the others stop too instead of waiting for it.
 
         Raises:
             TalosError: another rank failed.
@@ -44,7 +65,7 @@ class Ranks:
         """
         failure: BaseException | None = None
         try:
-            run()
+            found = run()
         except (Exception, KeyboardInterrupt) as error:
             failure = error
         mine = 0 if failure is None else 1 if isinstance(failure, KeyboardInterrupt) else 2
@@ -52,9 +73,10 @@ class Ranks:
         if failure is not None:
             raise failure
         if worst == 2:
-            raise TalosError("another rank failed while scoring; its own message says why")
+            raise TalosError("another rank failed; its own message says why")
         if worst == 1:
             raise KeyboardInterrupt
+        return found
 
     def _reduce(self, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
         if not self._grouped:

@@ -1,0 +1,99 @@
+"""Loaders whose order or workers have a state of their own: interrupted and resumed, finetune and calibrate."""
+
+import copy
+
+import pytest
+import torch
+from conftest import interrupting
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from talos_fast import TalosError, calibrate, finetune
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(48, 6, generator=generator), torch.arange(48) % 3)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+LOADERS = {
+    "sampler's generator": lambda d: DataLoader(d, 8, sampler=RandomSampler(d, generator=seeded())),
+    "weighted": lambda d: DataLoader(d, 8, sampler=WeightedRandomSampler(torch.ones(48), 48, generator=seeded())),
+    "batch sampler's": lambda d: DataLoader(
+        d, batch_sampler=BatchSampler(RandomSampler(d, generator=seeded()), 8, drop_last=False)
+    ),
+    "persistent workers": lambda d: DataLoader(d, 8, shuffle=True, num_workers=1, persistent_workers=True),
+    "epochs": lambda d: DataLoader(d, batch_sampler=BatchSampler(DistributedSampler(d, 1, 0), 8, drop_last=False)),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_finetune_goes_on_in_the_second_epoch(kind, tmp_path):
+    options = {"method": "nonlinear", "lr": 1e-2, "epochs": 3, "checkpoint_dir": tmp_path, "progress": False}
+    whole, part, resumed = net(), net(), net()
+    finetune(whole, LOADERS[kind](data()), **options | {"checkpoint_dir": None})
+    with pytest.raises(KeyboardInterrupt):
+        finetune(part, LOADERS[kind](data()), forward=interrupting(9), **options)
+    finetune(resumed, LOADERS[kind](data()), **options)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_calibrate_reads_the_same_batches_whoever_asks(kind, tmp_path):
+    loader = LOADERS[kind](data())
+    masks = [calibrate(net(), loader, density=0.3, progress=False)]
+    masks += [calibrate(net(), LOADERS[kind](data()), density=0.3, checkpoint_dir=tmp_path, progress=False)]
+    masks += [calibrate(net(), loader, density=0.3, progress=False)]
+    assert masks[0] == masks[1] == masks[2]
+    assert masks[0].info["stability"] == masks[1].info["stability"] == masks[2].info["stability"]
+
+
+class Drifting(list):
+    """Batches that are augmented by what nobody can bring back."""
+
+    def __iter__(self):
+        for x, y in list.__iter__(self):
+            self.read = getattr(self, "read", 0) + 1
+            yield x + 1e-3 * self.read, y
+
+
+def test_batches_that_are_never_twice_the_same_are_gone_on_with(tmp_path):
+    x, y = data().tensors
+    batches = [(x[n : n + 8], y[n : n + 8]) for n in range(0, 48, 8)]
+    options = {"method": "nonlinear", "epochs": 2, "checkpoint_dir": tmp_path / "fit", "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net(), Drifting(batches), forward=interrupting(4), **options)
+    assert finetune(net(), Drifting(batches[::-1]), **options).info["steps"] == 12
+    with pytest.raises(TalosError, match="other batches"):
+        finetune(net(), batches[::-1], **options)
+    for _ in range(2):
+        calibrate(net(), Drifting(batches), checkpoint_dir=tmp_path / "mask", progress=False)
+
+
+def test_an_iterator_cannot_be_read_again_to_see(tmp_path):
+    x, y = data().tensors
+    batches = [(x[n : n + 8], y[n : n + 8]) for n in range(0, 48, 8)]
+    options = {"method": "nonlinear", "steps": 6, "checkpoint_dir": tmp_path, "progress": False}
+    start = net()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(copy.deepcopy(start), iter(batches), forward=interrupting(4), **options)
+    with pytest.raises(TalosError, match="other batches"):
+        finetune(copy.deepcopy(start), iter(batches[::-1]), **options)
+    finetune(start, iter(batches), **options)
