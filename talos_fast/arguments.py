@@ -12,10 +12,11 @@ def check_fraction(name: str, value: float) -> None:
         raise TalosError(f"{name}={value}: the fraction of entries to keep must be in (0, 1]")
 
 
-def check_seed(name: str, value: int) -> None:
-    """Refuses what torch and NumPy do not both take."""
+def checked_seed(name: str, value: int) -> int:
+    """The seed as Python's own integer; refuses what torch and NumPy do not both take."""
     if not (isinstance(value, Integral) and 0 <= value < 2**63):
         raise TalosError(f"{name}={value}: must be an integer, from 0 to 2**63 - 1")
+    return int(value)
 
 
 def check_weight_decay(value: float) -> None:

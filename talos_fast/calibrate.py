@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos_fast.arguments import check_seed
+from talos_fast.arguments import checked_seed
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Batches, Forward, default_forward, device_of
@@ -68,7 +68,7 @@ def calibrate(
     Args:
         model: the pre-trained model; `talos_fast.sensitivity.maskable_parameters` chooses its maskable parameters.
         batches: ``(inputs, labels)`` or mappings with ``labels``, read once a round, in the same order: torch's
-            generators start over. About 512 inputs are enough.
+            generators, a loader's own too, start over. About 512 inputs are enough.
         density: the fraction that trains, in (0, 1]; default 0.1, the paper's. At 0.3 three small models learned 2 to 9
             points more and added as well or better (benchmarks/README.md), but MLPs train too, which costs time.
         sparsity: 1 - density, instead of it.
@@ -83,7 +83,7 @@ def calibrate(
         stability: report how far masks made from the even and from the odd batches agree.
         checkpoint_dir: where complete rounds are kept. Other batches than theirs are refused, by the first one.
         resume: take up a round that is there.
-        seed: of the probes, and of the order of batches that have no generator of their own.
+        seed: of the probes, and of the order of batches that are shuffled.
         progress: bars on a terminal.
 
     Returns:
@@ -99,21 +99,22 @@ def calibrate(
     """
     start = time.perf_counter()
     fraction = resolve_density(density, sparsity)
-    _check(rounds, damage, seed)
+    _check(rounds, damage)
+    seed = checked_seed("seed", seed)
     include, exclude = patterns(include), patterns(exclude)
     model, ranks = unwrapped(model), Ranks()
     parameters = maskable_parameters(model, include, exclude)
     scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
     total = sum(p.numel() for p in parameters.values())
-    # An iterator can be read once, the rounds read it again.
-    batches = ranks.together(lambda: list(batches) if isinstance(batches, Iterator) else batches)
+    once = isinstance(batches, Iterator) and (rounds > 1 or checkpoint_dir is not None)
+    batches = ranks.together(lambda: list(batches) if once else batches)  # which are read again
     base = fingerprint(model)
     recipe: dict[str, Any] = {
         "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
         "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
     }  # fmt: skip
     identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
-    ranks.require_same(identity, "weights or options")
+    ranks.require_same(identity | {"checkpoint_dir": checkpoint_dir is not None}, "weights or options")
     moved = parameters if rounds > 1 and damage != 1.0 else {}
     with repeatable(batches, seed, device_of(model)) as batches, restored(moved), interruptible() as interrupted:
         if checkpoint_dir is not None:
@@ -138,14 +139,13 @@ def calibrate(
     return Mask(state.kept, base=base, info=recipe | report)
 
 
-def _check(rounds: int, damage: float, seed: int) -> None:
+def _check(rounds: int, damage: float) -> None:
     if not (isinstance(rounds, Integral) and rounds >= 1):
         raise TalosError(f"rounds={rounds}: must be an integer, at least 1")
     if not 0.0 <= damage <= 1.0:
         raise TalosError(
             f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"
         )
-    check_seed("seed", seed)
 
 
 class _RoundScores:

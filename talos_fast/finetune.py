@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from talos_fast.arguments import check_seed
+from talos_fast.arguments import checked_seed
 from talos_fast.calibrate import restored
 from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint, require_base
 from talos_fast.forward import Batches, Forward, default_forward, require_plain
+from talos_fast.kept import kept
 from talos_fast.mask import Mask
 from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
@@ -132,8 +131,7 @@ def finetune(
             return setup.export()
 
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    # A vector holds parameters only: with buffers that moved base + vector would not be the trained model.
-    with kept_flags_and_modes(model), restored(dict(model.named_buffers())):
+    with kept(model):
         setup = chosen.prepare(Request(model, forward or default_forward, peak, weight_decay, options, first))
         trainer = train(setup, method, folder)
         deltas = setup.export()
@@ -143,24 +141,6 @@ def finetune(
         "mask": None if setup.mask is None else setup.mask.info, **setup.info,
     }  # fmt: skip
     return TaskVector.from_deltas(deltas, base=base, info=info)
-
-
-@contextmanager
-def kept_flags_and_modes(model: nn.Module) -> Iterator[None]:
-    """Gradients are on, and there are none of before; brings back flags and modes, and drops gradients again."""
-    flags = {p: p.requires_grad for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    for p in flags:
-        p.grad = None
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-            p.grad = None
-        for module, training in modes.items():
-            module.training = training
 
 
 def _recipe(
@@ -179,7 +159,6 @@ def _recipe(
     if schedule not in ("cosine", "constant"):
         raise TalosError(f"schedule={schedule!r}: choose 'cosine' or 'constant'")
     require_amp_and_clip(amp, clip)
-    check_seed("seed", seed)
     if steps is None:
         try:
             count = len(batches)  # type: ignore[arg-type]
@@ -189,4 +168,4 @@ def _recipe(
         if steps == 0:
             raise TalosError(f"{count} batches make no step of accumulate={accumulate}; there is nothing to train on")
     warmup = min(500, steps // 10) if warmup is None else warmup
-    return Recipe(steps, lr, warmup, schedule, clip, accumulate, amp, seed)
+    return Recipe(steps, lr, warmup, schedule, clip, accumulate, amp, checked_seed("seed", seed))

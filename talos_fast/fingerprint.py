@@ -71,7 +71,7 @@ def batch_digest(batch: Batch) -> str:
     found: Fingerprint = {}
 
     def note(tensor: Tensor) -> Tensor:
-        found[str(len(found))] = identify(tensor)
+        found[str(len(found))] = identify(tensor if tensor.layout is torch.strided else tensor.to_dense())
         return tensor
 
     map_tensors(note, batch)

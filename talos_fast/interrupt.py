@@ -1,5 +1,6 @@
 """Ctrl-C, and the SIGTERM of a scheduler, as a flag, for long operations that stop at a good place."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,24 +10,35 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first signal into a flag, so that what is running completes; a second one interrupts at once."""
-    pressed = False
+    """Turns the first signal into a flag, so that what is running completes; a second one interrupts at once.
+
+    One that came too late to stop anything interrupts at the end. SIGTERM is left to a program that handles it itself.
+
+    Raises:
+        KeyboardInterrupt: there was a signal, and nothing else was raised.
+    """
+    pressed, owner = False, os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
+        if os.getpid() != owner:  # a process that was forked meanwhile
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
+        elif pressed:
             raise KeyboardInterrupt
         pressed = True
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may handle signals
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    # What is ignored stays so; a handler that is not Python's could not be brought back.
-    heard = [number for number in signals if signal.getsignal(number) not in (None, signal.SIG_IGN)]
+    # What is ignored stays so, and a handler that is not Python's could not be brought back.
+    heard = [signal.SIGINT] if signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN) else []
+    heard += [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else []
     previous = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: pressed
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if pressed:
+        raise KeyboardInterrupt

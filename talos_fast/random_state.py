@@ -33,6 +33,11 @@ class RandomState:
             iter(batches)
             self.set(before)
 
+    def seed_own(self, seed: int) -> None:
+        """Lets those of the batches start from a seed."""
+        for generator in self._own.values():
+            generator.manual_seed(seed)
+
     def get(self) -> dict[str, Tensor]:
         """The states, as byte tensors."""
         states = {"cpu": torch.get_rng_state()}
@@ -52,9 +57,13 @@ class RandomState:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's global generators start from a seed inside, and are as they were afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    """torch's global generators, the CPU's and the device's, start from a seed inside; afterwards as they were."""
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not brought back
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 
@@ -63,11 +72,12 @@ def repeatable(batches: Batches, seed: int, device: torch.device) -> Iterator[Ba
     """The batches, which come in one order however often they are read; all generators are as they were afterwards."""
     with seeded(seed, device):
         random = RandomState(batches, device)
-        start = random.get()
+        before = random.get()
+        random.seed_own(seed)
         try:
-            yield _Repeated(batches, random, start)
+            yield _Repeated(batches, random, random.get())
         finally:
-            random.set(start)
+            random.set(before)
 
 
 class _Repeated:

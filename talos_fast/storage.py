@@ -132,9 +132,20 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text + "\n")
 
 
+def dumps(content: Any, indent: int | None = None) -> str:
+    """Canonical JSON, with NumPy's numbers as plain ones."""
+
+    def plain(value: object) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        raise TypeError(f"a {type(value).__name__}")
+
+    return json.dumps(content, indent=indent, sort_keys=True, default=plain)
+
+
 def _json(path: Path, content: Any, indent: int | None = None) -> str:
     try:
-        return json.dumps(content, indent=indent, sort_keys=True)
+        return dumps(content, indent)
     except TypeError as error:
         raise TalosError(f"{path}: what is to be written is no JSON ({error}); give plain numbers and texts") from error
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from talos_fast.arguments import check_seed, check_weight_decay
+from talos_fast.arguments import check_weight_decay, checked_seed
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask, resolve_density
 from talos_fast.merge import GRID, AlphaSearch
@@ -79,7 +79,7 @@ class Plan:
             raise TalosError(f"control_floor={self.control_floor}: give a fraction of the control accuracy, 0 to 1")
         resolve_density(self.density)
         check_weight_decay(self.weight_decay)
-        check_seed("seed", self.seed)
+        checked_seed("seed", self.seed)
 
 
 def _ascends(numbers: Sequence[float]) -> bool:

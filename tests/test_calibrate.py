@@ -282,7 +282,8 @@ def on_rank(rank: int, world: int, folder: str) -> None:
         place = f"{folder}/mask0.safetensors" if rank == 0 else f"{folder}/elsewhere"  # no folder on the first rank
         with pytest.raises(TalosError, match="another rank failed" if rank else "cannot be written"):
             calibrate(net, mine, checkpoint_dir=place, progress=False)
-        for options in ({"density": 0.1 + 0.1 * rank}, {"rounds": 1 + rank}):
+        kept = {"checkpoint_dir": None if rank else f"{folder}/only"}
+        for options in ({"density": 0.1 + 0.1 * rank}, {"rounds": 1 + rank}, kept):
             with pytest.raises(TalosError, match="the ranks were given different weights or options"):
                 calibrate(net, mine, progress=False, **options)
     finally:

@@ -137,11 +137,12 @@ def test_interrupted_and_resumed_is_bit_identical(net, tmp_path, place, steps, a
     options = {"mask": mask, "lr": 1e-2, "steps": steps, "accumulate": accumulate, "progress": False}
     whole = copy.deepcopy(net)
     vector = finetune(whole, data(), **options)
-    for at in (4, 9, 5):
+    last = steps * accumulate - (13 if accumulate == 1 else 15)
+    for number, at in enumerate((4, 9, last)):
         part = copy.deepcopy(net)
         with pytest.raises(KeyboardInterrupt):
             finetune(part, data(), forward=interrupting(at), checkpoint_dir=tmp_path, **options)
-        assert not equal(state(part), state(whole))
+        assert equal(state(part), state(whole)) == (number == 2), "the third is in the last step"
     resumed = copy.deepcopy(net)
     again = finetune(resumed, data(), checkpoint_dir=tmp_path, **options)
     assert equal(state(resumed), state(whole))
@@ -161,15 +162,6 @@ def test_a_scheduler_that_ends_the_program_leaves_a_checkpoint(net, tmp_path):
             progress=False,
         )  # fmt: skip
     assert (tmp_path / "checkpoint.safetensors").exists() and signal.getsignal(signal.SIGTERM) is handler
-
-
-def test_a_signal_that_is_ignored_stays_so(net):
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        finetune(net, loader(), method="nonlinear", forward=interrupting(2, signal.SIGTERM), steps=3, progress=False)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def test_a_checkpoint_of_another_run_is_refused(net, tmp_path):
@@ -304,10 +296,10 @@ def test_compiled(method, tmp_path, monkeypatch):
     assert torch.cat([(found[name] - plain[name]).flatten() for name in plain]).norm() < 1e-3 * norm
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_many_compiled_runs_do_not_share_a_limit(net, monkeypatch):
     """torch counts recompilations by code object, and is eager from its limit on, with a warning in its own log."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     mask = Mask({name: torch.rand_like(p) < 0.5 for name, p in net.named_parameters()})
     for run in range(4):
         torch._dynamo.utils.counters.clear()

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import interrupting
@@ -63,6 +64,22 @@ def test_calibrate_reads_the_same_batches_whoever_asks(kind, tmp_path):
     masks += [calibrate(net(), loader, density=0.3, progress=False)]
     assert masks[0] == masks[1] == masks[2]
     assert masks[0].info["stability"] == masks[1].info["stability"] == masks[2].info["stability"]
+
+
+def test_calibrate_reads_the_same_batches_after_others_have_drawn(tmp_path):
+    """From the loader's generator, and from NumPy's integers for seeds and rounds."""
+    loader = DataLoader(data(), 8, shuffle=True, generator=seeded())
+    options = {"rounds": np.int64(2), "damage": np.float32(0.5), "checkpoint_dir": tmp_path, "progress": False}
+    mask = calibrate(net(), loader, seed=np.int64(3), **options)
+    finetune(net(), loader, method="nonlinear", epochs=1, progress=False)
+    assert calibrate(net(), loader, seed=3, **options) == mask
+
+
+def test_devices_that_are_not_used_keep_their_seeds(monkeypatch):
+    loader, model = DataLoader(data(), 8), net()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded every device"))
+    calibrate(model, loader, rounds=1, progress=False)
+    finetune(model, loader, method="nonlinear", steps=1, progress=False)
 
 
 class Drifting(list):

@@ -268,6 +268,26 @@ def test_which_rows(rows, expected):
     assert not whole[: found.start].any() and not whole[found.stop :].any()
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_weight_that_was_made_contiguous_under_the_optimizer(compact):
+    """Its selected entries are numbered by the strides that it had."""
+    linear = nn.Linear(6, 8, bias=False)
+    linear.weight = nn.Parameter(torch.randn(6, 8).t())
+    mask = torch.zeros(8, 6, dtype=torch.bool)
+    mask[2, 1] = mask[2, 3] = mask[5, 0] = True
+    optimizer = MaskedAdam([linear.weight], lr=0.1, masks=[mask], weight_decay=0.0)
+    linear.weight.data = linear.weight.data.contiguous()
+    if compact:
+        optimizer.compact_gradients()
+    before, x = linear.weight.detach().clone(), torch.randn(4, 6)
+    whole = torch.autograd.grad(linear(x).square().sum(), linear.weight)[0]
+    with optimizer.selected_rows():
+        linear(x).square().sum().backward()
+    optimizer.step()
+    moved = linear.weight.detach() - before
+    torch.testing.assert_close(moved, torch.where(mask, -0.1 * whole.sign(), 0.0), rtol=1e-4, atol=1e-6)
+
+
 def test_outside_and_without_gradients_it_changes_nothing():
     model = Attention()
     optimizer = MaskedAdam(model.named_parameters(), masks=masks(model))

@@ -190,6 +190,14 @@ def test_heads_and_positions_of_timm_stay_frozen(name, frozen):
     assert frozen <= names and not frozen & maskable_parameters(model).keys()
 
 
+def test_a_body_that_is_called_fc_is_maskable():
+    model = nn.Module()
+    model.fc, model.out = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2)
+    assert "fc.0.weight" in maskable_parameters(model)
+    model.fc = nn.Linear(3, 4)
+    assert list(maskable_parameters(model)) == ["out.weight", "out.bias"]
+
+
 class Nested(torch.autograd.Function):
     """A checkpoint of the model's own, as some libraries have: recomputes inside the backward."""
 

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from talos_fast import models, tasks
-from talos_fast.arguments import check_seed
+from talos_fast.arguments import checked_seed
 from talos_fast.errors import TalosError, brief
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
@@ -78,7 +78,7 @@ class Run:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise TalosError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
-        check_seed("seed", self.seed)
+        checked_seed("seed", self.seed)
 
     @property
     def source(self) -> dict[str, str | None]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from talos_fast.arguments import check_fraction, check_seed
+from talos_fast.arguments import check_fraction, checked_seed
 from talos_fast.merging.ties import elected_mean
 from talos_fast.stack import entrywise
 from talos_fast.task_vector import TaskVector
@@ -16,8 +16,7 @@ def drop_and_rescale(vectors: Sequence[TaskVector], density: float, seed: int) -
     Only changes that exist are drawn for: dropping an entry that did not move changes nothing.
     """
     check_fraction("density", density)
-    check_seed("seed", seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checked_seed("seed", seed))
     thinned = []
     for vector in vectors:
         kept = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from talos_fast.arguments import check_seed
+from talos_fast.arguments import checked_seed
 from talos_fast.errors import TalosError
 from talos_fast.tasks.base import Inputs, Modality, Split, Task
 
@@ -107,7 +107,7 @@ class Backbone(ABC):
         for name, value in (("batch_size", batch_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise TalosError(f"{name}: found {value}; give 1 or more")
-        check_seed("seed", seed)
+        seed = checked_seed("seed", seed)
         indices = np.arange(len(split))
         if limit is not None and limit < len(split):
             # Sources are often sorted by class, so the first `limit` examples would not do.

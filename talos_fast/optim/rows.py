@@ -93,7 +93,7 @@ class SelectedRows(Takeover):
         self._rows = {
             p: select_rows(p, selection)
             for p, selection in selections.items()
-            if p.dim() in (1, 2) and p.is_contiguous() and p.numel()
+            if p.dim() in (1, 2) and p.is_contiguous() and selection.in_c_order and p.numel()
         }
 
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

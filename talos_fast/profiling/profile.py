@@ -12,8 +12,8 @@ from torch import nn
 from talos_fast.calibrate import restored
 from talos_fast.environment import environment
 from talos_fast.errors import TalosError
-from talos_fast.finetune import kept_flags_and_modes
 from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, labels_of, require_plain, to_device
+from talos_fast.kept import kept
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
@@ -156,8 +156,7 @@ def _first(batches: Batches) -> Batch:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Brings back flags, modes, buffers and the random state, and drops gradients."""
-    buffers = dict(model.named_buffers())
-    with kept_flags_and_modes(model), restored(buffers), torch.random.fork_rng(devices=_cuda_devices(model)):
+    with kept(model), torch.random.fork_rng(devices=_cuda_devices(model)):
         yield
 
 

@@ -67,9 +67,12 @@ class Observer:
             return self.plan.axes.get(call.known)
         *plain, (coded, _) = call.seen
         values, norms = plain[0] if plain else row_values(gradient, call.features)
-        axes, said = consistent(coded, values, norms, self._codes, self._limits)
+        floor = HALF.floor if gradient.dtype is torch.float16 else WIDE.floor
+        axes, said = consistent(coded, values, norms, self._codes, self._limits._replace(floor=floor))
         if said and len(axes) == 1:
             self.plan.axes[call.known] = axes[0]
+        if len(axes) > 1 and bool((norms > 0).logical_and_(norms * self._codes.abs().min().item() <= floor).any()):
+            return None  # they may differ in rows that are too small to tell
         # Several axes differ in rows without gradient only, so for this batch each is right.
         return axes[0] if axes else None
 

@@ -1,7 +1,6 @@
 """Scoring over the ranks of torch.distributed: each brings its own batches, all get the sum."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from talos_fast.errors import TalosError
+from talos_fast.storage import dumps
 
 T = TypeVar("T")
 
@@ -50,8 +50,8 @@ class Ranks:
         Raises:
             TalosError: on every rank.
         """
-        text = json.dumps(facts, sort_keys=True).encode()
-        if not self.agree(int.from_bytes(hashlib.blake2b(text, digest_size=6).digest())):
+        digest = hashlib.blake2b(dumps(facts).encode(), digest_size=6).digest()
+        if not self.agree(int.from_bytes(digest)):
             raise TalosError(f"the ranks were given different {what}; give all the same, and each its own batches")
 
     def together(self, run: Callable[[], T]) -> T:

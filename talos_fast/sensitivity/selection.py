@@ -15,8 +15,8 @@ FROZEN_BY_DEFAULT = (
     "*relative_position_bias*", "*rel_pos*",
     "*token_embedding*", "*embed_tokens*", "*word_embeddings*", "*wte.weight", "*wpe.weight", "shared.weight",
     "proj", "*visual.proj", "*encoder.proj", "*text_projection*", "*visual_projection*", "*logit_scale", "*logit_bias",
-    "head.*", "*.head.*", "head_dist.*", "aux_head.*", "heads.*", "fc.*", "score.*", "qa_outputs.*",
-    "classifier.*", "*.classifier.*", "lm_head.*", "*.lm_head.*", "*pooler.*",
+    "head.*", "*.head.*", "head_dist.*", "aux_head.*", "fc.weight", "fc.bias", "score.weight", "score.bias",
+    "qa_outputs.*", "classifier.*", "*.classifier.*", "lm_head.*", "*.lm_head.*", "*pooler.*",
 )  # fmt: skip
 
 

@@ -1,0 +1,57 @@
+"""Signals while something long runs: stop at a good place, and leave everybody else's signals alone."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from talos_fast.interrupt import interruptible
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_flag_and_interrupts_at_the_end(number):
+    before = signal.getsignal(number)
+    reached = False
+    with pytest.raises(KeyboardInterrupt), interruptible() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), number)
+        reached = interrupted()
+    assert reached and signal.getsignal(number) is before
+
+
+def test_the_second_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+
+def test_an_error_of_the_work_is_not_hidden():
+    with pytest.raises(ZeroDivisionError), interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ZeroDivisionError
+
+
+def test_signals_that_are_ignored_or_handled_by_the_program_are_left_to_it():
+    heard = []
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda number, frame: heard.append(number)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        with interruptible() as interrupted:
+            for number in handlers:
+                os.kill(os.getpid(), number)
+            assert not interrupted() and heard == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_processes_that_are_forked_meanwhile_can_be_ended():
+    with interruptible() as interrupted:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(20)
+        assert child.exitcode == -signal.SIGTERM and not interrupted()

@@ -1,0 +1,36 @@
+"""What finetune and profile leave of a model: flags, modes and buffers, however those were changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from talos_fast.kept import kept
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("moved", torch.zeros(3))
+        self.register_buffer("expanded", torch.ones(1).expand(3))
+        self.register_buffer("resized", torch.zeros(1))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("absent", None)
+
+
+def test_buffers_come_back_as_the_same_tensors():
+    model = Buffered().eval()
+    model.linear.bias.requires_grad_(False)
+    model.linear.weight.grad = torch.ones(2, 2)
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), kept(model):
+        assert torch.is_grad_enabled() and model.linear.weight.grad is None
+        model.train().requires_grad_(True)
+        model.moved.add_(1)
+        model.resized.resize_(4).fill_(2)
+        model.replaced = model.replaced + 1
+        raise ZeroDivisionError
+    assert not model.training and not model.linear.training and not model.linear.bias.requires_grad
+    assert model.linear.weight.requires_grad and model.absent is None
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0] and torch.equal(buffer, before[name][1]), name
