@@ -72,6 +72,30 @@ def test_gradients_that_overflow_when_scaled_up(caplog):
     assert all(score.isfinite().all() for score in found.values())
 
 
+class Beside(nn.Module):
+    """Tokens first in fp32, beside one layer in fp16."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.body, self.out, self.low = nn.Linear(32, 32), nn.Linear(32, 4), nn.Linear(32, 4).half()
+        self.factor = factor
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x.transpose(0, 1))).mean(0)
+        return self.factor * self.out(hidden) + self.low(x[:, 0].half()).float()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-9])
+def test_gradients_in_fp32_are_not_judged_by_the_limits_of_fp16(factor, caplog):
+    """A floor for fp16 would let any axis pass where they are small."""
+    torch.manual_seed(0)
+    model, (x, y) = Beside(factor).eval(), batch()
+    found, plan = scored(model, (x, y))
+    truth = by_loop(model, lambda m, b: m(b[0]), (x, y), y)["body.weight"]
+    torch.testing.assert_close(found["body.weight"], truth, rtol=1e-4, atol=float(1e-6 * truth.max()))
+    assert not uncovered(caplog) and Axis(1, True) in plan.axes.values()
+
+
 class Mixing(nn.Module):
     """Samples interact: in the logits, or in the gradients alone, by ``share``."""
 
