@@ -193,17 +193,24 @@ def _numel(masks: Masks) -> int:
 
 
 def _judge_zeros(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int, first: bool) -> None:
-    """Refuses scores that say nothing, and warns where zeros alone fill the mask: their order would choose."""
-    zeros = sum(int(((score == 0) & kept[name]).sum()) for name, score in scores.items())
-    if first and zeros == _selected(kept):
+    """Refuses scores that say nothing, and warns of what is selected for other reasons than low sensitivity."""
+    zeros = {name: int(((score == 0) & kept[name]).sum()) for name, score in scores.items()}
+    total = sum(zeros.values())
+    if first and total == _selected(kept):
         raise TalosError(
             "all sensitivities are zero: the logits do not depend on the maskable parameters, or are so sure of one "
             "class that gradients vanish; check the head and the inputs, or choose estimator='jacobian'"
         )
-    if zeros > count:
+    unused = [name for name, number in zeros.items() if number == scores[name].numel()]
+    if first and unused:
         logger.warning(
-            "%d sensitivities are exactly zero, and the mask takes %d: the order of the parameters chooses among them; "
-            "exclude= what the model does not use", zeros, count
+            "no sensitivity at all in %d tensors, such as %s: the forward seems not to use them, and the mask takes "
+            "them first; leave them out with exclude=", len(unused), ", ".join(unused[:3])
+        )  # fmt: skip
+    elif total > count:
+        logger.warning(
+            "%d sensitivities are exactly zero, and the mask takes %d: the order of the parameters chooses among them",
+            total, count
         )  # fmt: skip
 
 

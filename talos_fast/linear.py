@@ -39,6 +39,14 @@ class Linearized(nn.Module):
         self._kept: ExitStack | None = None
         self._open = False
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{error}: for a linear method forward= must call the model itself, which stands for the linearized one"
+            ) from None
+
     @classmethod
     def along(cls, model: nn.Module, vector: TaskVector) -> "Linearized":
         """The expansion of ``model`` at its parameters, along a task vector.

@@ -102,6 +102,10 @@ class Step:
         """Adds the gradients of one batch."""
         with self._casts, self._setup.around():
             loss = self.forward_loss(batch, where)
+            if not loss.requires_grad:
+                raise TalosError(
+                    f"{where}: the loss depends on nothing that trains; the forward does not use what the mask selects"
+                )
             (loss / self._accumulate if self._accumulate > 1 else loss).backward()
 
     def clip(self, where: str, then: Callable[[], None] | None = None) -> None:

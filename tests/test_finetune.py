@@ -82,6 +82,12 @@ def test_gradients_of_before_count_for_nothing(net):
     assert equal(state(net), state(other))
 
 
+def test_a_mask_of_what_the_forward_does_not_use(net):
+    net.unused = nn.Linear(2, 2)
+    with pytest.raises(TalosError, match="epoch 0, batch 0: the loss depends on nothing that trains; the forward does"):
+        finetune(net, loader(), mask=Mask({"unused.weight": torch.ones(2, 2, dtype=torch.bool)}), progress=False)
+
+
 def test_a_full_mask_is_nonlinear(net):
     other = copy.deepcopy(net)
     full = Mask({name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters()})

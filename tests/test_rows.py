@@ -268,6 +268,23 @@ def test_which_rows(rows, expected):
     assert not whole[: found.start].any() and not whole[found.stop :].any()
 
 
+def test_outputs_may_be_written_to():
+    """As Swin v2 and an inplace ReLU do."""
+    linear, mask = nn.Linear(4, 6), torch.zeros(6, 4, dtype=torch.bool)
+    mask[2:4] = True
+    optimizer = MaskedAdam([linear.weight], masks=[mask])
+    x = torch.randn(2, 3, 4)
+    found = []
+    for context in (optimizer.selected_rows(), nullcontext()):
+        with context:
+            hidden = linear(x)
+            hidden += 1
+            torch.relu_(hidden).square().sum().backward()
+        found.append(linear.weight.grad[2:4])
+        linear.weight.grad = None
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_a_weight_that_was_made_contiguous_under_the_optimizer(compact):
     """Its selected entries are numbered by the strides that it had."""

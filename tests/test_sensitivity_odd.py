@@ -172,3 +172,39 @@ def test_a_single_logit_is_refused_where_its_probability_is_asked_for():
 def test_labels_that_cannot_be_injected_are_refused(estimator, labels, message):
     with pytest.raises(TalosError, match=message):
         sensitivities(nn.Linear(5, 4).double(), [data(4, 5)], estimator=estimator, labels=labels)
+
+
+class Unpadded(nn.Module):
+    """Computes on the tokens that are there, as encoders without padding and experts do: rows depend on the data."""
+
+    def __init__(self, choose) -> None:
+        super().__init__()
+        self.body, self.norm, self.out = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+        self.choose = choose
+
+    def forward(self, x, there):
+        hidden = torch.zeros_like(x)
+        index = self.choose(there)
+        hidden[index] = self.norm(torch.tanh(self.body(x[index])))
+        return self.out(hidden.sum(1))
+
+
+@pytest.mark.parametrize("choose", [lambda there: there, lambda there: there.nonzero(as_tuple=True), torch.where])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_that_belong_to_other_samples_in_every_batch(choose, order, caplog):
+    """The second batch has as many tokens as the first, and other samples have them."""
+    model = randomized(Unpadded(choose))
+    there = [torch.arange(8) < torch.tensor(lengths)[:, None] for lengths in ([8, 8, 8, 8], [8, 5, 2, 1])]
+    there[0] &= torch.arange(8) < 4
+    batches = [((torch.randn(4, 8, 6).double(), mask), torch.arange(4)) for mask in there]
+    batches = [batches[n] for n in order]
+
+    def forward(m, b):
+        return m(*b[0])
+
+    truth = [by_loop(model, forward, batch, batch[1]) for batch in batches]
+    found = sensitivities(
+        model, batches, forward=forward, estimator="sampled-logit", labels=[b[1] for b in batches], include="*"
+    )
+    assert_equal(found, {name: truth[0][name] + truth[1][name] for name in found})
+    assert {"body.weight", "norm.weight"} <= set(uncovered(caplog))

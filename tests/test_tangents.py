@@ -34,6 +34,12 @@ class Chain(nn.Module):
         return x
 
 
+def test_a_forward_that_asks_for_a_part_of_the_model_is_told_why_it_cannot():
+    line = Linearized(nn.Sequential(nn.Linear(2, 2)), dict)
+    with pytest.raises(AttributeError, match="no attribute 'encode_image': for a linear method forward= must call the"):
+        line.encode_image(torch.zeros(1, 2))
+
+
 def counted(line: Linearized, x: torch.Tensor) -> tuple[int, int]:
     """FLOPs of the forward and of the backward pass."""
     with line.around():

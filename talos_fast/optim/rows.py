@@ -127,7 +127,7 @@ class SelectedRows(Takeover):
                 )
             weight = weight.detach()
         output: Tensor = _RowsLinear.apply(input, weight, bias, weight_leaf, bias_leaf, rows, bias_rows)
-        return output
+        return output.view(*input.shape[:-1], len(weight))  # here: what a Function gives as a view cannot be written to
 
 
 class _RowsLinear(torch.autograd.Function):
@@ -149,8 +149,7 @@ class _RowsLinear(torch.autograd.Function):
         ctx.rows, ctx.bias_rows = rows, bias_rows
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         # autocast may cast a frozen bias; of one that trains its cache would keep a copy without a graph.
-        output = F.linear(flat, cast, bias.to(input.dtype) if bias is not None and bias.requires_grad else bias)
-        return output.view(*input.shape[:-1], len(weight))
+        return F.linear(flat, cast, bias.to(input.dtype) if bias is not None and bias.requires_grad else bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

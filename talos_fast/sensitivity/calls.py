@@ -23,12 +23,14 @@ class Plan:
         uncovered: name -> why its scores cannot come from capture.
         shared: sites whose rows do not belong to samples, so that they are functions of the parameter alone.
         axes: (site, pattern of its rows) -> where the samples are; None where no gradient arrives.
+        changing: whether rows may belong to other samples in every batch, so that each is looked at.
         scale: what fp16 gradients are multiplied by while axes are sought.
     """
 
     uncovered: dict[str, str] = field(default_factory=dict)
     shared: set[Site] = field(default_factory=set)
     axes: dict[Any, Axis | None] = field(default_factory=dict)
+    changing: bool = False
     scale: float = SCALE
 
 

@@ -20,7 +20,7 @@ from talos_fast.sensitivity.alias import Alias, derived
 from talos_fast.sensitivity.axis import pattern
 from talos_fast.sensitivity.calls import Call, Plan, Site, tapped
 from talos_fast.sensitivity.observer import Observer
-from talos_fast.sensitivity.registry import ALIASING, CUTTING, RULES, Make, Split, UncoveredError
+from talos_fast.sensitivity.registry import ALIASING, CUTTING, RULES, Make, Split, UncoveredError, chooses_rows
 from talos_fast.sensitivity.uses import PerSample, Use
 
 
@@ -59,6 +59,7 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.plan.changing = self.plan.changing or chooses_rows(func, args)
         tracked = self._tracked(args) + (self._tracked(kwargs.values()) if kwargs else [])
         if not tracked or func in CUTTING:
             return func(*args, **kwargs)

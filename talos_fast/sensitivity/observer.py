@@ -34,7 +34,7 @@ class Observer:
         It is the one that codes are compared with, but for fp16, where both are scaled up (see axis.py).
         """
         # What one probe leaves open, the next has to look at again: its gradient may be in other rows.
-        if self.samples == 1 or all(call.known in self.plan.axes for call in calls):
+        if self.samples == 1 or (not self.plan.changing and all(call.known in self.plan.axes for call in calls)):
             return
         self.looking = True
         for call in calls:

@@ -17,6 +17,23 @@ CASTING: set[Callable[..., Any]] = {torch.Tensor.to, torch.Tensor.float, torch.T
 CUTTING: set[Callable[..., Any]] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 """Functions through which no gradient flows."""
 
+CHOOSING: set[Callable[..., Any]] = {
+    torch.nonzero, torch.Tensor.nonzero, torch.masked_select, torch.Tensor.masked_select,
+    torch.argsort, torch.Tensor.argsort, torch.sort, torch.Tensor.sort, torch.unique, torch.Tensor.unique,
+}  # fmt: skip
+"""Functions by which values decide which rows there are, or in which order: tokens without padding, experts."""
+
+
+def chooses_rows(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether what the result's rows stand for depends on values."""
+    if func is torch.where:
+        return len(args) == 1
+    if func is not torch.Tensor.__getitem__:
+        return func in CHOOSING
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in index)
+
+
 Split = Callable[..., Tensor]
 """``split(tensor, features=1)``: (*rows, *features) -> (N, T, *features), for tensors with the rows of the output."""
 

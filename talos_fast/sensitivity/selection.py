@@ -10,13 +10,14 @@ from torch import nn
 from talos_fast.errors import TalosError
 
 FROZEN_BY_DEFAULT = (
-    "*class_embedding", "*class_token", "*cls_token*", "*dist_token", "*mask_token", "*reg_token",
-    "*positional_embedding", "*pos_embed*", "*position_embeddings*", "*relative_attention_bias*",
+    "*class_embedding", "*class_token", "*cls_token*", "*dist_token", "*distillation_token", "*mask_token",
+    "*reg_token", "*positional_embedding", "*pos_embed*", "*position_embeddings*", "*relative_attention_bias*",
     "*relative_position_bias*", "*rel_pos*",
     "*token_embedding*", "*embed_tokens*", "*word_embeddings*", "*wte.weight", "*wpe.weight", "shared.weight",
     "proj", "*visual.proj", "*encoder.proj", "*text_projection*", "*visual_projection*", "*logit_scale", "*logit_bias",
     "head.*", "*.head.*", "head_dist.*", "aux_head.*", "fc.weight", "fc.bias", "score.weight", "score.bias",
-    "qa_outputs.*", "classifier.*", "*.classifier.*", "lm_head.*", "*.lm_head.*", "*pooler.*",
+    "qa_outputs.*", "classification_head.*", "cls_classifier.*", "distillation_classifier.*", "pre_classifier.*",
+    "logits_proj.*", "classifier.*", "*.classifier.*", "lm_head.*", "*.lm_head.*", "*pooler.*",
 )  # fmt: skip
 
 
