@@ -46,6 +46,7 @@ def evaluate(model: nn.Module, batches: Batches, *, forward: Forward | None = No
     device, total = device_of(model), 0
     correct = torch.zeros((), dtype=torch.int64, device=device)
     try:
+        model.train()  # some models cache in evaluation mode what their parameters were, until they train
         model.eval()
         for index, batch in enumerate(tqdm(batches, "evaluate", disable=None if progress else True, leave=False)):
             logits, labels = checked_logits(forward, model, to_device(batch, device), f"batch {index}")

@@ -1,5 +1,6 @@
 """Models, data and options out of the ordinary: scored exactly, or refused with the reason."""
 
+import copy
 import logging
 from collections import UserDict
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from oracles import assert_equal, by_loop, data, randomized, scores, uncovered
 from torch import nn
 from torch.nn import functional as F
 
-from talos_fast import TalosError
+from talos_fast import TalosError, evaluate
 from talos_fast.sensitivity import sensitivities
 
 
@@ -208,3 +209,70 @@ def test_rows_that_belong_to_other_samples_in_every_batch(choose, order, caplog)
     )
     assert_equal(found, {name: truth[0][name] + truth[1][name] for name in found})
     assert {"body.weight", "norm.weight"} <= set(uncovered(caplog))
+
+
+class Caster(nn.Module):
+    """Casts a layer in its forward, as the routers of Switch Transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.odd, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        self.router = self.router.to(torch.float64)
+        hidden = x * self.router(x).softmax(-1)
+        return self.out(torch.einsum("ntd,ed->nte", hidden, self.odd.weight).mean(1))
+
+
+def test_a_model_that_casts_itself_in_its_forward(caplog):
+    """Under torch.func that wrote a transform's tensors into the model, and the process crashed."""
+    model = randomized(Caster())
+    batch = torch.randn(4, 5, 6).double(), torch.arange(4)
+    found = sensitivities(
+        model, [batch], estimator="sampled-logit", labels=[batch[1]], include=["router.*", "odd.weight"]
+    )
+    truth = expected(model, batch)
+    assert_equal(found, {name: truth[name] for name in found})
+    assert "Linear is cast or moved in the forward" in caplog.text
+    copy.deepcopy(model)
+
+
+class Caching(nn.Module):
+    """Keeps in evaluation mode what its parameter was, as LeViT keeps attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases, self.attention_bias_cache = nn.Parameter(torch.randn(2, 6)), {}
+        self.register_buffer("index", torch.tensor([0, 1, 1, 0, 1]))
+
+    def train(self, mode=True):
+        if mode:
+            self.attention_bias_cache = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return x + self.biases[self.index]
+        if "kept" not in self.attention_bias_cache:
+            self.attention_bias_cache["kept"] = self.biases[self.index]
+        return x + self.attention_bias_cache["kept"]
+
+
+def test_what_a_model_caches_in_evaluation_mode_has_its_gradient():
+    model = randomized(nn.Sequential(nn.Linear(6, 6), Caching(), nn.Tanh(), nn.Flatten(1), nn.Linear(30, 4))).eval()
+    batches = [(torch.randn(4, 5, 6).double(), torch.arange(4)) for _ in range(2)]
+    with torch.no_grad():
+        model(batches[0][0])
+    found = sensitivities(
+        model, batches, estimator="sampled-logit", labels=[y for _, y in batches], include=["0.*", "1.*"]
+    )
+    assert not model[1].attention_bias_cache
+    model.train()
+    truth = [expected(model, batch) for batch in batches]
+    assert_equal(found, {name: truth[0][name] + truth[1][name] for name in found})
+    x = batches[0][0]
+    with torch.no_grad():
+        model.eval()(x)
+        model[1].biases.mul_(-100)
+        stale, labels = model(x).argmax(-1), copy.deepcopy(model).train()(x).argmax(-1)
+    assert not torch.equal(stale, labels) and evaluate(model, [(x, labels)]).value == 1.0

@@ -12,6 +12,9 @@ from torch import nn
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, map_tensors
 
+CACHE = "attention_bias_cache"
+"""timm's name for it."""
+
 
 def differentiable(batch: Batch) -> Batch:
     """The batch with copies of tensors that were made under `torch.inference_mode`, which autograd refuses."""
@@ -34,7 +37,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
         torch.backends.mha.set_fastpath_enabled(False)
         eager = torch.compiler.set_stance("force_eager")
-        with torch.inference_mode(False), torch.enable_grad(), eager, without_checkpointing():
+        with torch.inference_mode(False), torch.enable_grad(), eager, without_checkpointing(), _without_caches(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -42,6 +45,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Empties before each forward what LeViT and its kind keep of their attention biases in evaluation mode."""
+    caching = [module for module in model.modules() if isinstance(getattr(module, CACHE, None), dict)]
+    hooks = [module.register_forward_pre_hook(lambda one, _: getattr(one, CACHE).clear()) for module in caching]
+    try:
+        yield
+    finally:
+        for module, hook in zip(caching, hooks, strict=True):
+            hook.remove()
+            getattr(module, CACHE).clear()
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

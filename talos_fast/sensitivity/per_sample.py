@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,13 @@ def _by_vmap(
 
     tracked = {name: parameter.detach() for name, parameter in parameters.items()}
     per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
-    return per_sample(tracked, probe, *rows)
+    with patch.object(nn.Module, "_apply", _refuse_to_cast):
+        return per_sample(tracked, probe, *rows)
+
+
+def _refuse_to_cast(module: nn.Module, *args: object, **kwargs: object) -> None:
+    """What `Module.to` calls: a forward that does so would write a transform's tensors into the model, and crash."""
+    raise RuntimeError(f"{type(module).__name__} is cast or moved in the forward")
 
 
 def gradients_one_by_one(
