@@ -11,16 +11,16 @@ KINDS = ("query", "key", "value", "attention output", "mlp", "convolution", "nor
 # First match wins. Fused projections hold their parts one after the other, as equal shares of the output features.
 _PATTERNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"crossattention\.c_attn\.(weight|bias)$", ("key", "value")),
-    (r"(in_proj_weight|in_proj_bias|\bqkv\.(weight|bias)|\bc_attn\.(weight|bias))$", ("query", "key", "value")),
-    (r"(?i:norm|\bln|_ln|layer_norm|layernorm)[\w]*\.(weight|bias)$", ("norm",)),
+    (r"(in_proj_weight|in_proj_bias|\b(W?qkv|c_attn)\.(weight|bias))$", ("query", "key", "value")),
+    (r"(?i:norm|\bln|_ln|layer_norm|layernorm|\bbn)[\w]*\.(weight|bias)$", ("norm",)),
     (r"\bbias$|_bias$", ("bias",)),
-    (r"\b(q|q_proj|q_attn|query|q_lin)\.weight$", ("query",)),
-    (r"\b(k|k_proj|key|k_lin)\.weight$", ("key",)),
-    (r"\b(v|v_proj|value|v_lin)\.weight$", ("value",)),
-    (r"(out_proj|attn\.proj|attention\.output\.dense|out_lin|(Self|EncDec)Attention\.o|(attn|attention)\.c_proj)\.weight$",
+    (r"\b(q|q_proj|q_attn|query|query_proj|q_lin)\.weight$", ("query",)),
+    (r"\b(k|k_proj|key|key_proj|k_lin)\.weight$", ("key",)),
+    (r"\b(v|v_proj|value|value_proj|v_lin)\.weight$", ("value",)),
+    (r"(out_proj|o_proj|(attn|attention|attnpool)\.(proj|c_proj|dense|output\.dense)|out_lin|(Self|EncDec)Attention\.o)\.weight$",
      ("attention output",)),
-    (r"(mlp|DenseReluDense|intermediate|ffn|output\.dense|\bfc\d|c_fc|c_proj|lin\d)[\w.]*weight$", ("mlp",)),
-    (r"(conv\w*|patch_embed\w*\.proj\w*)\.weight$", ("convolution",)),
+    (r"(mlp|DenseReluDense|intermediate|ffn|output\.dense|\bfc\d|c_fc|c_proj|lin(ear)?\d)[\w.]*weight$", ("mlp",)),
+    (r"(conv\w*|patch_embed\w*\.proj\w*|patch_embedding)\.weight$", ("convolution",)),
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def parts(name: str, shape: tuple[int, ...]) -> list[Part]:
     and the kind is "other".
     """
     kinds = next((kinds for pattern, kinds in _PATTERNS if re.search(pattern, name)), ("other",))
-    numbers = re.findall(r"\.(\d+)\.", f".{name}")
+    numbers = re.findall(r"(?:\.|_layer_)(\d+)\.", f".{name}")
     layer = int(numbers[0]) if numbers else -1
     by_shape = name.endswith("c_attn.weight") and len(shape) == 2
     dim = int(name.endswith("q_attn.weight") or (by_shape and shape[1] > shape[0]))

@@ -1,5 +1,7 @@
 """What kind of entry a parameter name stands for, and the plots drawn from it."""
 
+import re
+
 import pytest
 import torch
 
@@ -12,6 +14,16 @@ from talos_fast.structure import density_by_kind, density_by_part, parts
     ("encoder.transformer.resblocks.3.attn.in_proj_weight", (6, 2), ["query", "key", "value"]),
     ("encoder.transformer.resblocks.3.attn.in_proj_bias", (6,), ["bias"] * 3),
     ("encoder.transformer.resblocks.3.attn.out_proj.weight", (2, 2), ["attention output"]),
+    ("encoder.layers.encoder_layer_3.self_attention.in_proj_weight", (6, 2), ["query", "key", "value"]),
+    ("encoder.layers.encoder_layer_3.mlp.0.weight", (2, 2), ["mlp"]),
+    ("layers.3.attn.Wqkv.weight", (6, 2), ["query", "key", "value"]),
+    ("encoder.layer.3.attention.self.value_proj.weight", (2, 2), ["value"]),
+    ("model.layers.3.self_attn.o_proj.weight", (2, 2), ["attention output"]),
+    ("gpt_neox.layers.3.attention.dense.weight", (2, 2), ["attention output"]),
+    ("visual.attnpool.c_proj.weight", (2, 2), ["attention output"]),
+    ("layers.3.linear1.weight", (2, 2), ["mlp"]),
+    ("embeddings.patch_embedding.weight", (2, 2, 1, 1), ["convolution"]),
+    ("layer1.3.bn1.weight", (2,), ["norm"]),
     ("encoder.transformer.resblocks.3.mlp.c_fc.weight", (2, 2), ["mlp"]),
     ("encoder.transformer.resblocks.3.ln_1.weight", (2,), ["norm"]),
     ("blocks.3.attn.qkv.weight", (6, 2), ["query", "key", "value"]),
@@ -38,7 +50,7 @@ from talos_fast.structure import density_by_kind, density_by_part, parts
 def test_kinds(name, shape, kinds):
     found = parts(name, shape)
     assert [part.kind for part in found] == kinds
-    assert {part.layer for part in found} == {3 if ".3." in name else -1}
+    assert {part.layer for part in found} == {3 if re.search(r"[._]3\.", name) else -1}
 
 
 @pytest.mark.parametrize("cross", [False, True])
