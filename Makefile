@@ -24,7 +24,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict talos_fast
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/*.h tests/*.cpp tests/emulated_cuda/*.h tests/emulated_cuda/*.cpp
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/ --benchmark

@@ -2,14 +2,13 @@
 // schedule that shows a missing barrier.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>
 #include <string>
 #include <vector>
+
+#include "emulated_fiber.h"
 
 namespace emulated {
 
@@ -31,9 +30,9 @@ struct Options {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Stack stack;
   bool finished = false;
+  int turn = 0;  // of its next exchange
 };
 
 struct Copy {
@@ -58,7 +57,8 @@ class Block {
   // Runs body(thread) for every thread of the block.
   void run(const std::function<void(int)>& body) {
     body_ = &body;
-    for (size_t t = 0; t < fibers_.size(); ++t) start(static_cast<int>(t));
+    running_ = this;
+    for (Fiber& fiber : fibers_) fiber.stack.start(enter);
     bool progress = true;
     while (progress) {
       progress = false;
@@ -72,7 +72,7 @@ class Block {
   template <typename Condition>
   void wait_until(const Condition& holds) {
     while (!holds()) {
-      swapcontext(&fibers_[current_].context, &scheduler_);
+      fibers_[current_].stack.switch_to(scheduler_);
     }
     moved_ = true;
   }
@@ -82,6 +82,20 @@ class Block {
   }
 
   int threads() const { return static_cast<int>(fibers_.size()); }
+  int thread() const { return current_; }
+
+  // Every lane of a warp gives a value and gets those of all, in the order of the lanes.
+  std::vector<uint32_t> exchange(uint32_t given) {
+    Collective& warp = warps[current_ / kLanes];
+    const int turn = fibers_[current_].turn;
+    fibers_[current_].turn = 1 - turn;
+    warp.a[turn][current_ % kLanes][0] = given;
+    if (++warp.arrived[turn] == kLanes) warp.arrived[1 - turn] = 0;
+    wait_until([&] { return warp.arrived[turn] == kLanes; });
+    std::vector<uint32_t> values;
+    for (const auto& lane : warp.a[turn]) values.push_back(lane[0]);
+    return values;
+  }
 
   const Options options;
   std::vector<char> shared;
@@ -90,26 +104,13 @@ class Block {
   int arrived = 0, generation = 0;  // of the barrier
 
  private:
-  static void enter(unsigned high, unsigned low) {
-    Block* const block = reinterpret_cast<Block*>(uintptr_t{high} << 32 | low);
+  static void enter() {
+    Block* const block = running_;
     const int thread = block->current_;
     (*block->body_)(thread);
     block->fibers_[thread].finished = true;
     block->moved_ = true;
-    swapcontext(&block->fibers_[thread].context, &block->scheduler_);
-  }
-
-  void start(int thread) {
-    constexpr size_t kStack = 64 << 10;
-    Fiber& fiber = fibers_[thread];
-    fiber.stack.reset(new char[kStack]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    const uintptr_t self = reinterpret_cast<uintptr_t>(this);
-    makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 2, static_cast<unsigned>(self >> 32),
-                static_cast<unsigned>(self));
+    block->fibers_[thread].stack.switch_to(block->scheduler_);
   }
 
   // Until every lane of it is finished or waits for another warp; whether any of them moved at all.
@@ -119,16 +120,17 @@ class Block {
       moved_ = false;
       for (int lane = 0; lane < kLanes; ++lane) {
         current_ = static_cast<int>(warp) * kLanes + lane;
-        if (!fibers_[current_].finished) swapcontext(&scheduler_, &fibers_[current_].context);
+        if (!fibers_[current_].finished) scheduler_.switch_to(fibers_[current_].stack);
       }
       any |= moved_;
     } while (moved_);
     return any;
   }
 
+  inline static thread_local Block* running_ = nullptr;
   const std::function<void(int)>* body_ = nullptr;
   std::vector<Fiber> fibers_;
-  ucontext_t scheduler_;
+  Stack scheduler_;
   int current_ = 0;
   bool moved_ = false;
 

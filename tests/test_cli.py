@@ -14,6 +14,7 @@ from tiny_models import text_task, write_bert
 
 from talos_fast import Mask, TaskVector
 from talos_fast.cli import main
+from talos_fast.cli.options import Run
 from talos_fast.models import encoders
 
 
@@ -262,3 +263,9 @@ def test_the_functions_and_the_commands_share_names_and_defaults():
         for name in function.keys() - {"model", "batches", "forward", "loss", "progress", "mask"}:
             assert name in command, f"{verb} --{name}"
             assert command[name].default == function[name].default, f"{verb} --{name}"
+
+
+@pytest.mark.parametrize("device, there, place", [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu")])
+def test_auto_is_cuda_where_there_is_one(device, there, place, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    assert Run(model="tiny", device=device).place == place

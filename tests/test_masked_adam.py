@@ -153,6 +153,23 @@ def test_low_precision_steps_in_fp32(place, dtype):
                 assert torch.equal(on_cpu(p)[mask], master.to(dtype))
 
 
+def test_steps_that_the_host_does_not_wait_for(place):
+    """The gradients lie elsewhere at each step: their addresses travel while steps before still read theirs."""
+    torch.manual_seed(2)
+    ahead, waited = parameters(place=place), parameters(place=place)
+    gradients = [[torch.randn(p.shape).to(p.device) for p in ahead] for _ in range(3)]
+    for params, waits in ((ahead, False), (waited, True)):
+        optimizer = MaskedAdam(params, masks=masks())
+        for step in range(6):
+            for p, gradient in zip(params, gradients[step % 3], strict=True):
+                p.grad = gradient
+            optimizer.step()
+            if waits and place == "cuda":
+                torch.cuda.synchronize()
+        assert_stepped_by(optimizer, place)
+    assert all(torch.equal(p, q) for p, q in zip(ahead, waited, strict=True))
+
+
 def test_loaded_weights_win_over_the_master_copy(place):
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device="cuda" if place == "cuda" else "cpu"))
     optimizer = MaskedAdam([p], lr=0.0, masks=[torch.ones(4, dtype=torch.bool)])

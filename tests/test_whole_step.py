@@ -1,7 +1,7 @@
 """The whole step compiled without a graph break, without a host sync, and captured in a CUDA graph."""
 
 import traceback
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,15 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def sync_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def take(step: Step, batches, steps: int, around=nullcontext, lr=1e-3, accumulate=1):
     for number in range(steps):
         with around():
@@ -56,6 +65,22 @@ def test_no_step_waits_for_the_device(kind, method, tmp_path):
     take(step, batches, 3, NoSync)
     step.watch.settle()
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
+        step.watch.tripped.item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["clip", "timm"])
+def test_torch_sees_no_step_wait_for_the_gpu(kind, method, tmp_path):
+    """Notes are read as they come, two steps later; waiting for the event of a note is not what torch looks for."""
+    model, batches = case(kind, tmp_path)
+    setup = setup_of(model.to("cuda"), method)
+    step = Step(setup, model, functional.cross_entropy, clip=1.0)
+    batches = to_device(batches, torch.device("cuda"))
+    take(step, batches, 1)
+    take(step, batches, 5, sync_is_an_error)
+    step.watch.settle()
+    with pytest.raises(RuntimeError, match="synchronizing"), sync_is_an_error():
         step.watch.tripped.item()
 
 

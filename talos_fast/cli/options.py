@@ -66,7 +66,7 @@ class Run:
 
     model: Model
     pretrained: Annotated[str | None, _common("open_clip tag, timm's 'hub', or a file; else random weights.")] = None
-    device: Annotated[str, _common("cpu, cuda or cuda:NUMBER.")] = "cpu"
+    device: Annotated[str, _common("auto (cuda where there is one), cpu, cuda or cuda:NUMBER.")] = "auto"
     dtype: Annotated[str, _common(" | ".join(DTYPES))] = "float32"
     seed: Annotated[int, _common("Of everything random.")] = 0
     config: Annotated[
@@ -81,6 +81,13 @@ class Run:
         checked_seed("seed", self.seed)
 
     @property
+    def place(self) -> str:
+        """The device's name; what ``auto`` stands for here."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
     def source(self) -> dict[str, str | None]:
         """Which weights a result came from, for the result's own file."""
         return {"model": self.model, "pretrained": self.pretrained}
@@ -88,7 +95,7 @@ class Run:
     def backbone(self) -> Backbone:
         """The model, or `TalosError`."""
         torch.manual_seed(self.seed)  # of random weights: the next command must find the same base
-        return models.load(self.model, pretrained=self.pretrained, device=self.device, dtype=DTYPES[self.dtype])
+        return models.load(self.model, pretrained=self.pretrained, device=self.place, dtype=DTYPES[self.dtype])
 
 
 def with_run(command: Callable[..., None]) -> Callable[..., None]:

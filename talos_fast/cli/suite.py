@@ -68,7 +68,7 @@ def suite(
     )  # fmt: skip
     recipes = given.recipes if steps is None else {task: _shortened(r, steps) for task, r in given.recipes.items()}
     whole = Suite(given.tasks, given.control, plan, recipes, merge or [])
-    identity = {"pretrained": run.pretrained, "device": run.device, "dtype": run.dtype}
+    identity = {"pretrained": run.pretrained, "device": run.place, "dtype": run.dtype}
     backbone = run.backbone()
     with o.resumable(out):
         result = run_suite(
