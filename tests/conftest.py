@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulated_graph import Graphs
 from hypothesis import settings
 
 # The same examples in every run; HYPOTHESIS_PROFILE=default explores others.
@@ -88,14 +87,6 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if request.param == "torch":
         monkeypatch.setattr("talos_fast.ops.backend", lambda device: "torch")
     return request.param
-
-
-@pytest.fixture(params=[*([] if HAS_GPU else ["emulated"]), pytest.param("cuda", marks=pytest.mark.gpu)])
-def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    """What captures steps: CUDA, or an emulation of it on the CPU, with Triton's interpreter."""
-    if request.param == "emulated":
-        monkeypatch.setattr("talos_fast.optim.launch.ON_CPU", True)
-    return Graphs(request.param, monkeypatch)
 
 
 @pytest.fixture

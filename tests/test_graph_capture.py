@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from adam_cases import assert_unselected_equal, give_gradients, launches, masks, on_cpu, parameters, run
+from cuda_graphs import captured
 from torch.optim import AdamW
 
 from talos_fast import MaskedAdam, TalosError
@@ -63,61 +64,64 @@ def refill(params, step: int) -> None:
         p.grad.copy_(torch.randn(p.shape).to(p.device, p.dtype))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_a_replayed_step_is_the_eager_one(dtype, amsgrad, graphs):
+def test_a_replayed_step_is_the_eager_one(dtype, amsgrad):
     """With a learning rate that changes between replays, and eager steps on other gradients between them."""
-    captured, eager = parameters(dtype, graphs.device), parameters(dtype, graphs.device)
-    rates = [torch.tensor(1e-2, device=graphs.device) for _ in range(2)]
+    replayed, eager = parameters(dtype, "cuda"), parameters(dtype, "cuda")
+    rates = [torch.tensor(1e-2, device="cuda") for _ in range(2)]
     optimizers = [
         MaskedAdam(params, lr=lr, masks=masks(), amsgrad=amsgrad, capturable=True)
-        for params, lr in zip((captured, eager), rates, strict=True)
+        for params, lr in zip((replayed, eager), rates, strict=True)
     ]
-    for params in (captured, eager):
+    for params in (replayed, eager):
         give_gradients(params, 0)
-    static = [p.grad for p in captured]
-    graph = graphs.capture(optimizers[0].step)  # takes one eager step; the capture itself takes none
+    static = [p.grad for p in replayed]
+    graph = captured(optimizers[0].step)  # takes one eager step; the capture itself takes none
     optimizers[1].step()
     for step in range(1, 7):
         for lr in rates:
             lr.fill_(1e-2 / step)
         if step == 3:
-            run(optimizers[0], captured, [step])
-            for p, gradient in zip(captured, static, strict=True):
+            run(optimizers[0], replayed, [step])
+            for p, gradient in zip(replayed, static, strict=True):
                 p.grad = gradient
         else:
-            refill(captured, step)
+            refill(replayed, step)
             graph.replay()
         run(optimizers[1], eager, [step])
-        assert_unselected_equal(captured, parameters(dtype), masks())
-        for p, q in zip(captured, eager, strict=True):
+        assert_unselected_equal(replayed, parameters(dtype), masks())
+        for p, q in zip(replayed, eager, strict=True):
             assert torch.equal(p, q)
             assert all(torch.equal(value, optimizers[1].state[q][key]) for key, value in optimizers[0].state[p].items())
 
 
-def test_a_graph_keeps_the_tables_it_reads(graphs):
+@pytest.mark.gpu
+def test_a_graph_keeps_the_tables_it_reads():
     """Launches that are dropped after a capture stay alive: the graph still reads their tables."""
-    params = parameters(place=graphs.device)
+    params = parameters(place="cuda")
     optimizer = MaskedAdam(params, masks=masks(), capturable=True)
     give_gradients(params, 0)
-    graph = graphs.capture(optimizer.step)
+    graph = captured(optimizer.step)
     kept = [weakref.ref(one) for one in launches(optimizer)]
     optimizer._launches.clear()
     gc.collect()
-    filler = [torch.full((64, 64), -1, dtype=torch.int64, device=graphs.device) for _ in range(64)]
+    filler = [torch.full((64, 64), -1, dtype=torch.int64, device="cuda") for _ in range(64)]
     graph.replay()
     assert len(kept) == 1 and kept[0]() is not None and len(filler) == 64
     assert float(optimizer.state[params[0]]["step"]) == 2.0
 
 
-def test_a_second_capture_needs_an_eager_step_between(graphs):
-    params = parameters(place=graphs.device)
+@pytest.mark.gpu
+def test_a_second_capture_needs_an_eager_step_between():
+    params = parameters(place="cuda")
     optimizer = MaskedAdam(params, masks=masks(), capturable=True)
     give_gradients(params, 0)
-    graphs.capture(optimizer.step)
+    captured(optimizer.step)
     with pytest.raises(TalosError, match="take an eager step before each capture"):
-        graphs.capture(optimizer.step, warmup=0)
-    graphs.capture(optimizer.step).replay()
+        captured(optimizer.step, warmup=0)
+    captured(optimizer.step).replay()
     assert float(optimizer.state[params[0]]["step"]) == 3.0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_graph import SYNCS
+from cuda_graphs import captured
 from methods_cases import case, checkpointed, setup_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
@@ -20,6 +20,9 @@ from talos_fast.methods import METHODS
 from talos_fast.step import Step
 
 KINDS = ["clip", "timm", "bert", "t5"]
+_aten = torch.ops.aten
+SYNCS = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal, _aten.item}
+"""Operators that make the host wait for a device."""
 
 
 class NoSync(TorchDispatchMode):
@@ -114,24 +117,25 @@ def test_forward_and_backward_compile_without_a_break_and_once(kind, method, amp
         torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-3 if amp == "bf16" else 1e-5)
 
 
-def capturable(kind: str, method: str, folder, device: str):
+def capturable(kind: str, method: str, folder):
     """A step without dropout whose optimizer may be captured, its learning rate, what trains, and one batch."""
     torch.manual_seed(0)
     model, batches = case(kind, folder)
-    setup = setup_of(model.to(device).eval(), method)
+    setup = setup_of(model.to("cuda").eval(), method)
     for group in setup.optimizer.param_groups:
         group["capturable"], group["eps"] = True, 1e-4  # a gradient that is nothing but rounding moves nothing
     step = Step(setup, model, functional.cross_entropy, clip=1.0, amp="bf16")
-    return step, torch.tensor(1e-3, device=device), setup.trained, to_device(batches[:1], torch.device(device))
+    return step, torch.tensor(1e-3, device="cuda"), setup.trained, to_device(batches[:1], torch.device("cuda"))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_is_the_eager_one(kind, method, graphs, tmp_path):
+def test_a_replayed_step_is_the_eager_one(kind, method, tmp_path):
     """Forward, backward, clipping and update in one graph; data, labels and learning rate change between replays."""
-    captured, rate, found, batches = capturable(kind, method, tmp_path, graphs.device)
-    graph = graphs.capture(partial(take, captured, batches, 1, lr=rate), warmup=3)
-    eager, eager_rate, expected, eager_batches = capturable(kind, method, tmp_path, graphs.device)
+    replayed, rate, found, batches = capturable(kind, method, tmp_path)
+    graph = captured(partial(take, replayed, batches, 1, lr=rate), warmup=3)
+    eager, eager_rate, expected, eager_batches = capturable(kind, method, tmp_path)
     take(eager, eager_batches, 3, lr=eager_rate)
     for number in range(4):
         for tensor in (rate, eager_rate):
@@ -140,14 +144,15 @@ def test_a_replayed_step_is_the_eager_one(kind, method, graphs, tmp_path):
             tensor.copy_(tensor.flip(-1))
         graph.replay()
         take(eager, eager_batches, 1, lr=eager_rate)
-    assert captured.watch.tripped == 0
+    assert replayed.watch.tripped == 0
     for name, p in found.items():
         torch.testing.assert_close(p, expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_bad_replay_changes_nothing(graphs, tmp_path):
-    step, rate, trained, batches = capturable("clip", "talos", tmp_path, graphs.device)
-    graph = graphs.capture(partial(take, step, batches, 1, lr=rate), warmup=3)
+@pytest.mark.gpu
+def test_a_bad_replay_changes_nothing(tmp_path):
+    step, rate, trained, batches = capturable("clip", "talos", tmp_path)
+    graph = captured(partial(take, step, batches, 1, lr=rate), warmup=3)
     before = {name: p.detach().clone() for name, p in trained.items()}
     batches[0][0].fill_(float("nan"))
     graph.replay()
