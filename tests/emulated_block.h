@@ -84,6 +84,16 @@ class Block {
   int threads() const { return static_cast<int>(fibers_.size()); }
   int thread() const { return current_; }
 
+  // The barrier: no thread goes on before all have come.
+  void sync() {
+    const int generation = generation_;
+    if (++arrived_ == threads()) {
+      arrived_ = 0;
+      ++generation_;
+    }
+    wait_until([&] { return generation_ != generation; });
+  }
+
   // Every lane of a warp gives a value and gets those of all, in the order of the lanes.
   std::vector<uint32_t> exchange(uint32_t given) {
     Collective& warp = warps[current_ / kLanes];
@@ -101,7 +111,6 @@ class Block {
   std::vector<char> shared;
   std::string error;
   int64_t bank_conflicts = 0;
-  int arrived = 0, generation = 0;  // of the barrier
 
  private:
   static void enter() {
@@ -132,6 +141,7 @@ class Block {
   std::vector<Fiber> fibers_;
   Stack scheduler_;
   int current_ = 0;
+  int arrived_ = 0, generation_ = 0;  // of the barrier
   bool moved_ = false;
 
  public:

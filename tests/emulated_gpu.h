@@ -63,14 +63,7 @@ class Machine {
       groups_.erase(groups_.begin());
     }
   }
-  void sync() {
-    const int generation = block_.generation;
-    if (++block_.arrived == block_.threads()) {
-      block_.arrived = 0;
-      ++block_.generation;
-    }
-    block_.wait_until([&] { return block_.generation != generation; });
-  }
+  void sync() { block_.sync(); }
 
   // ldmatrix.x4.trans: lanes 8j to 8j + 7 give the rows of matrix j; a lane gets column lane / 4 of rows 2 (lane % 4)
   // and the next.

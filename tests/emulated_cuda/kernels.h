@@ -73,7 +73,7 @@ inline constexpr emulated::ThreadIndex threadIdx;
 #define blockDim emulated::here.threads
 #define gridDim emulated::here.grid
 
-inline void __syncthreads() { emulated::Machine(emulated::block(), emulated::block().thread()).sync(); }
+inline void __syncthreads() { emulated::block().sync(); }
 
 inline int __shfl_sync(unsigned, int value, int lane) {
   return static_cast<int>(emulated::block().exchange(static_cast<uint32_t>(value))[lane]);

@@ -31,6 +31,11 @@ inline at::Tensor on_cpu(const at::Tensor& t) {
   return alias;
 }
 
+// A tensor's shape without its values.
+inline at::Tensor meta_of(const at::Tensor& t) {
+  return t.defined() ? at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kMeta)) : t;
+}
+
 // The tensors in an argument or result, and its device, replaced.
 inline IValue converted(const IValue& value, const Convert& convert, at::DeviceType device) {
   if (value.isTensor()) return convert(value.toTensor());
@@ -175,10 +180,6 @@ class Call {
     }
     if (cuda.is_cuda()) known_.emplace_back(stands, cuda);
     return stands;
-  }
-
-  static at::Tensor meta_of(const at::Tensor& t) {
-    return at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kMeta));
   }
 
   c10::OperatorHandle op_;

@@ -98,11 +98,8 @@ void grow(const c10::OperatorHandle& op, Stack& given) {
   const at::AutoDispatchBelowAutograd guard;
   Stack stack;
   std::vector<std::pair<at::Tensor, at::Tensor>> outs;
-  const auto shape = [](const at::Tensor& t) {
-    return t.defined() ? at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kMeta)) : t;
-  };
   for (size_t n = 0; n < given.size(); ++n) {
-    stack.push_back(converted(given[n], shape, at::kMeta));
+    stack.push_back(converted(given[n], meta_of, at::kMeta));
     if (op.schema().arguments()[n].is_out() && given[n].isTensor()) {
       outs.emplace_back(given[n].toTensor(), stack.back().toTensor());
     }
@@ -138,16 +135,9 @@ int64_t choose_math(const at::Tensor&, const at::Tensor&, const at::Tensor&, con
   return 0;
 }
 
-torch::Library& library(const char* name) {
-  static std::vector<std::unique_ptr<torch::Library>> kept;
-  kept.push_back(
-      std::make_unique<torch::Library>(torch::Library::IMPL, name, c10::DispatchKey::CUDA, __FILE__, __LINE__));
-  return *kept.back();
-}
-
 // Replaces what has a CUDA kernel and a CPU one, but for `left`, which launch none.
 void install(const std::vector<std::string>& left) {
-  torch::Library& aten = library("aten");
+  static torch::Library aten(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__, __LINE__);
   aten.impl("copy_", copy);
   aten.impl("_fused_sdp_choice", choose_math);
   std::set<std::string> done(left.begin(), left.end());
