@@ -1,6 +1,7 @@
 """Every method in every variant, as an iteration that can be measured."""
 
 import multiprocessing
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
 from talos_fast.methods.masked import masked
 from talos_fast.profiling.iteration import FinetuneIteration, without_export
-from talos_fast.profiling.measure import run_twice
+from talos_fast.profiling.measure import peak
 from talos_fast.profiling.memory import Memory, above
 
 VARIANTS = {
@@ -60,7 +61,15 @@ def peak_above_model(workload: Workload, method: str, variant: str, bf16: bool) 
     memory = Memory(next(workload.model.parameters()).device)
     before = memory.held()
     iteration = contender(workload, method, variant, bf16)
-    return iteration, above(before, memory.peak(lambda: run_twice(iteration)))
+    return iteration, above(before, peak(iteration, memory, variant == "compiled"))
+
+
+def set_up(workload: Workload) -> None:
+    """A plain pass, so that what libraries set up once, as cuBLAS its workspaces, is not charged to a method."""
+    with suppress(torch.OutOfMemoryError):  # a method may fit where this does not
+        logits = default_forward(workload.model, workload.batch)
+        F.cross_entropy(logits, labels_of(workload.batch, "the batch")).backward()
+    workload.model.zero_grad(set_to_none=True)
 
 
 def peak_in_own_process(name: str, size: int, method: str, variant: str, bf16: bool) -> int | None:
@@ -74,7 +83,5 @@ def peak_in_own_process(name: str, size: int, method: str, variant: str, bf16: b
 def _peak_on_cpu(name: str, size: int, method: str, variant: str, bf16: bool, threads: int) -> int | None:
     torch.set_num_threads(threads)
     workload = build(name, size, torch.device("cpu"))
-    # One plain pass first, so that what libraries set up once is not charged to the method.
-    F.cross_entropy(default_forward(workload.model, workload.batch), labels_of(workload.batch, "the batch")).backward()
-    workload.model.zero_grad(set_to_none=True)
+    set_up(workload)
     return peak_above_model(workload, method, variant, bf16)[1]

@@ -15,6 +15,10 @@
 #            open_clip_torch with timm, ftfy, wcwidth and regex: installed into build/site, not into the Python. Without
 #            open_clip no row of a ViT can be measured, and that part fails.
 #   LIMIT    seconds a part, or a model (default: 590)
+#   BUDGET   seconds for all of it (default: no limit): a part ends with it, and what would begin after it is not run. Where
+#            a machine is lent by the minute, what matters most comes first, in calls such as
+#            BUDGET=540 LIMIT=200 OPTIONS="--variants paper,eager" benchmarks/gpu.sh build table tests
+#            and another OUT for the next; tables go on where their files lie in OUT.
 #   MODELS   of calibration and table (default: ViT-B-32 ViT-L-14 T5-Large; in calibration also ViT-B-32-timm, whose
 #            attention other libraries support)
 #   OPTIONS  more options for the benchmarks, such as "--batch 64"
@@ -27,6 +31,7 @@ if ! python=$(realpath -s -- "$(type -P "${PYTHON:-python3}")" 2> /dev/null); th
 fi
 out=${OUT:-gpu-output}
 limit=${LIMIT:-590}
+budget=${BUDGET:-86400}
 mkdir -p "$out" || exit
 out=$(cd "$out" && pwd)
 read -r -a tabled <<< "${MODELS:-ViT-B-32 ViT-L-14 T5-Large}"
@@ -41,14 +46,19 @@ failed=0
 # run NAME COMMAND...: under the limit, into $out/NAME.txt, and into the summary. At the limit it is interrupted as by
 # Ctrl-C, so that pytest still says what had failed by then; a shell's background jobs would not hear that by default.
 run() {
-  local name=$1 start=$SECONDS status
+  local name=$1 start=$SECONDS status seconds=$((budget - SECONDS))
   shift
+  if ((seconds <= 0)); then
+    fail "$name: NOT RUN, the $budget s for all of it are over"
+    return
+  fi
+  ((seconds < limit)) || seconds=$limit
   echo "== $name: $*" | tee "$out/$name.txt"
-  timeout --signal=INT --kill-after=20 "$limit" env --default-signal=INT "$@" 2>&1 | tee -a "$out/$name.txt"
+  timeout --signal=INT --kill-after=20 "$seconds" env --default-signal=INT "$@" 2>&1 | tee -a "$out/$name.txt"
   status=${PIPESTATUS[0]}
   case $status in
     0) summary+=("$name: passed, $((SECONDS - start)) s") ;;
-    124 | 137) fail "$name: STOPPED after $limit s; see $name.txt" ;;
+    124 | 137) fail "$name: STOPPED after $seconds s; see $name.txt" ;;
     *) fail "$name: FAILED with exit code $status; see $name.txt" ;;
   esac
   return "$status"
@@ -104,7 +114,9 @@ sanitizer() {
   done
 }
 
-benchmark=("$python" -m pytest -q -s -p no:cacheprovider --benchmark --preset gpu --results "$out" "${options[@]}")
+# What a failed row has logged, of torch.compile thousands of lines, is not shown.
+benchmark=("$python" -m pytest -q -s -p no:cacheprovider --show-capture=no --benchmark --preset gpu --results "$out")
+benchmark+=("${options[@]}")
 
 step() { run step "${benchmark[@]}" benchmarks/step.py; }
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from choice import Choice, choice
-from contenders import VARIANTS, contender, peak_above_model, peak_in_own_process
+from contenders import VARIANTS, contender, peak_above_model, peak_in_own_process, set_up
 from measure import keep_freed_memory
 from records import merge_rows, refuse_nothing, stamp
 from rivals import PaperIteration
@@ -117,6 +117,7 @@ class Table:
         workload = build(self._model, self._size, self._chosen.device)
         sizes = {"model_bytes": sum(t.nbytes for t in (*workload.model.parameters(), *workload.model.buffers()))}
         self._about |= workload.about | sizes
+        set_up(workload)
         return workload
 
     def _row(self, workload: Workload, method: str, variant: str) -> dict[str, Any]:

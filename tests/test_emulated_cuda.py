@@ -1,7 +1,8 @@
 """The GPU tests on a CUDA device that is emulated on the CPU (emulated_cuda/), as a process of its own.
 
 It runs what the host does for a GPU, with torch's own allocator, streams, autograd threads and graphs, and our kernels'
-sources; work runs as late as CUDA allows. It shows no speed, and nothing of torch.compile and of torch's own kernels.
+sources, and the kernels that torch.compile writes; work runs as late as CUDA allows. It shows no speed, and nothing of
+torch's own kernels.
 """
 
 import json
@@ -20,6 +21,10 @@ LEFT_OUT = {
     "tests/test_training.py": "200 steps of a whole model in Triton's interpreter",
     "tests/test_ops.py::test_the_cuda_kernel_equals_the_reference[(8, 50, 3072, 768)": "minutes a shape",
     "tests/test_ops.py::test_the_cuda_kernel_equals_the_reference[(4, 257, 1024, 1024)": "minutes a shape",
+    **{
+        f"tests/test_whole_step.py::test_a_compiled_step_is_captured_too[{case}": "a minute or two a case"
+        for case in ("clip-l", "clip-nonlinear", "timm", "bert", "t5")
+    },
     "tests/test_end_to_end.py::test_every_method_adds_and_forgets[cuda-lota]": "the steps of [cuda-talos] again",
     "tests/test_masked_adam.py::test_low_precision_steps_in_fp32[cuda-dtype0]": "the interpreter truncates",
     "tests/test_backends.py": "they start a Python of their own, in which nothing is emulated",

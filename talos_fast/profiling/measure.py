@@ -4,10 +4,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
+
+from talos_fast.profiling.memory import Memory
 
 PHASES = ("forward_backward", "clip", "step", "release")
 """What an iteration consists of. "clip" is everything between the backward pass and the optimizer's step: unscaling the
@@ -60,8 +63,21 @@ class Timings:
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
-def run_twice(iteration: Iteration) -> None:
-    """Two iterations, not timed: the first makes the moments, the second has them from its beginning."""
+def peak(iteration: Iteration, memory: Memory, compiles: bool) -> int | None:
+    """The most bytes that are held in two iterations, of which the first makes the moments; None: `memory` cannot say.
+
+    Args:
+        iteration: one that has not run.
+        memory: of its device.
+        compiles: whether its first run does. Kernels are tried out then, in memory that no iteration takes, so two more
+            run before those that are read.
+    """
+    if compiles:
+        _run_twice(iteration)
+    return memory.peak(partial(_run_twice, iteration))
+
+
+def _run_twice(iteration: Iteration) -> None:
     for _ in range(2):
         iteration.prepare()
         iteration.run(lambda: None)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
 from talos_fast.profiling.iteration import LR, FinetuneIteration, without_export
-from talos_fast.profiling.measure import interleave, run_twice
+from talos_fast.profiling.measure import interleave, peak
 from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.result import BASELINE, Profile, Row
 from talos_fast.profiling.work import Work, entries_that_train, step_bytes
@@ -119,7 +118,7 @@ class _Bench:
         memory = Memory(self.device)
         before = memory.held()
         self.running[name] = self._start(name, options, self._compile)
-        self._peaks[name] = above(before, memory.peak(partial(run_twice, self.running[name])))
+        self._peaks[name] = above(before, peak(self.running[name], memory, self._compile))
 
     def rows(self, rounds: int, warmup: int) -> dict[str, Row]:
         """Times what was added."""

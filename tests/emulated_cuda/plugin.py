@@ -3,10 +3,16 @@
 import ctypes
 import importlib
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from libraries import KERNELS, OPERATORS
+from torch._inductor.runtime import triton_helpers
+from triton.backends.compiler import GPUTarget
+from triton.runtime.interpreter import GridExecutor, TensorHandle
 
 operators = importlib.import_module(OPERATORS.stem)  # linked to torch, so after it
 
@@ -18,22 +24,26 @@ _AS_ON_A_GPU = (
 )  # fmt: skip
 
 
-class Launched:
-    """A Triton kernel in its interpreter, whose launches go to the stream."""
+def launched(run: Any) -> Any:
+    """The same, of Triton's interpreter, for the emulated device: the kernel goes to the stream."""
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
+    def launch(grid: Any, *args: Any, **kwargs: Any) -> None:
+        assert all(a.is_cuda for a in args if isinstance(a, torch.Tensor)), "a kernel was given the host's memory"
+        given = [operators.on_cpu(a) if isinstance(a, torch.Tensor) else a for a in args]
+        operators.submit(partial(run, grid, *given, **kwargs))
+
+    return launch
+
+
+class Libdevice:
+    """NVIDIA's functions that torch.compile's kernels call, by torch's of the same name."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernel, name)
+        def call(*args: tl.tensor) -> tl.tensor:
+            values = getattr(torch, name)(*(torch.from_numpy(a.handle.data) for a in args))
+            return tl.tensor(TensorHandle(values.numpy(), args[0].handle.dtype), args[0].type)
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            assert all(a.is_cuda for a in args if isinstance(a, torch.Tensor)), "a kernel was given the host's memory"
-            given = [operators.on_cpu(a) if isinstance(a, torch.Tensor) else a for a in args]
-            operators.submit(partial(self._kernel[grid], *given, **kwargs))
-
-        return launch
+        return call
 
 
 def on_the_device(addresses: Any) -> Any:
@@ -54,16 +64,14 @@ def _install() -> None:
     torch.backends.cudnn.enabled = False
     for kind in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
-    from talos_fast.kernels import compact, masked_adam
-
+    GridExecutor.__call__ = launched(GridExecutor.__call__)
+    triton_helpers.libdevice, triton_helpers.set_driver_to_gpu = Libdevice(), lambda: None
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
     import talos_fast.ops
     from talos_fast.optim import launch
 
     ctypes.CDLL(str(KERNELS))
     talos_fast.ops._no_cuda = None
-    for module, names in ((masked_adam, ("advance", "update")), (compact, ("compact_gradient",))):
-        for name in names:
-            setattr(module, name, Launched(getattr(module, name)))
     launch.addresses = on_the_device(launch.addresses)
 
 
