@@ -1,5 +1,6 @@
 """A pytest plugin (``-p plugin``) that puts torch's CUDA device on the CPU; `run` starts a process where it can."""
 
+import atexit
 import ctypes
 import importlib
 from functools import partial
@@ -73,6 +74,7 @@ def _install() -> None:
     ctypes.CDLL(str(KERNELS))
     talos_fast.ops._no_cuda = None
     launch.addresses = on_the_device(launch.addresses)
+    atexit.register(torch.cuda.synchronize)  # work that still waits holds objects of Python
 
 
 _install()
