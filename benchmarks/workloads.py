@@ -142,15 +142,15 @@ def build(name: str, size: int, device: torch.device) -> Workload:
 def bytes_needed(name: str, method: str, variant: str, baselines: int) -> int:
     """Roughly what measuring a method takes, activations not counted.
 
-    In float32 of every parameter: the model, two bool masks, the moments of each full fine-tuning beside it and a
-    gradient; and of the method's own a gradient and two moments, for linearized fine-tuning the start and the direction
-    too, for a dense masked optimizer its scores. What trains few entries is taken for one copy.
+    In float32 of every parameter: the model, two bool masks, the moments of each full fine-tuning beside it, a gradient
+    and what foreach holds of a step; and of the method's own a gradient and two moments, for linearized fine-tuning the
+    start and the direction too, for a dense masked optimizer its scores. What trains few entries is taken for one copy.
 
     Raises:
         ImportError: open_clip or transformers is not installed.
     """
     own = {"nonlinear": 3.0, "linearized": 5.0, "lota": 5.0 if variant == "paper" else 1.5}.get(method, 1.0)
-    beside = 2.0 * baselines + 1.0 if baselines else 0.0
+    beside = 2.0 * baselines + 2.0 if baselines else 0.0
     if method == "nonlinear" and baselines:
         own = 0.0  # it is one of those
     return int((1.5 + beside + own) * parameter_bytes(name))

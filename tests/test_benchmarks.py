@@ -133,7 +133,7 @@ def test_a_table_without_a_figure_does_not_read_as_passed(tmp_path, monkeypatch)
 def test_what_does_not_fit_beside_full_fine_tuning_is_measured_alone(monkeypatch):
     chosen = Choice("smoke", torch.device("cpu"), ["linearized", "l-lora"], ["eager"], None, 2, False)
     enough = workloads.bytes_needed("smoke", "linearized", "eager", baselines=0)
-    assert workloads.bytes_needed("smoke", "l-lora", "eager", 1) < enough
+    assert workloads.bytes_needed("smoke", "l-lora", "eager", 1) <= enough
     assert enough < workloads.bytes_needed("smoke", "linearized", "eager", 1)
     monkeypatch.setattr(table, "bytes_free", lambda _: enough)
     measured = table.Table("smoke", chosen)
