@@ -68,12 +68,15 @@ def timm_vit(size: int) -> Subject:
     return Subject(Tower(timm.create_model("vit_base_patch32_224", num_classes=0), 768), images(size), size)
 
 
-def bert(size: int) -> Subject:
-    from transformers import BertConfig, BertForSequenceClassification
+def bert(**config: Any) -> Callable[[int], Subject]:
+    def make(size: int) -> Subject:
+        from transformers import BertConfig, BertForSequenceClassification
 
-    model = BertForSequenceClassification(BertConfig(num_hidden_layers=6, num_labels=10))
-    batch = {"input_ids": torch.randint(1, 30000, (size, 128)), "labels": torch.randint(0, 10, (size,))}
-    return Subject(model, batch, size)
+        model = BertForSequenceClassification(BertConfig(num_labels=10, **config))
+        batch = {"input_ids": torch.randint(1, 30000, (size, 128)), "labels": torch.randint(0, 10, (size,))}
+        return Subject(model, batch, size)
+
+    return make
 
 
 class Choices(nn.Module):
@@ -108,7 +111,7 @@ SUBJECTS: dict[str, Callable[[int], Subject]] = {
     "ViT-B-32": open_clip(768, 12, 32, 512),
     "ViT-B-32-timm": timm_vit,
     "ViT-L-14": open_clip(1024, 24, 14, 768),
-    "BERT-6": bert,
+    "BERT-6": bert(num_hidden_layers=6),
     "T5-4-4": t5(**GATED),
     "T5-Large": t5(**LARGE_T5),
     "smoke": open_clip(64, 2, 8, 32, side=32),

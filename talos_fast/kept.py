@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from talos_fast.gradient_checkpointing import unhindered
+
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
@@ -22,7 +24,7 @@ def kept(model: nn.Module) -> Iterator[None]:
     for p in flags:
         p.grad = None
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), unhindered(model):
             yield
     finally:
         for p, flag in flags.items():

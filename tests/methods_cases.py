@@ -2,6 +2,7 @@
 
 import torch
 from tiny_models import image_task, text_task, tiny_clip, tiny_timm, write_bert, write_t5
+from torch import nn
 
 from talos_fast import Mask, models
 from talos_fast.forward import default_forward
@@ -32,6 +33,16 @@ def checkpointed(model, kind: str):
         model.encoder.set_grad_checkpointing()
     else:
         model.encoder.gradient_checkpointing_enable()
+    return model
+
+
+def without_dropout(model):
+    """In training mode, but each forward gives the same."""
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     return model
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from methods_cases import case, checkpointed, setup_of
+from methods_cases import case, checkpointed, setup_of, without_dropout
 from torch import nn
 from torch.nn import functional
 
@@ -70,12 +70,7 @@ def test_checkpointing_gives_the_same_gradients(kind, method, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_give_the_gradients_of_the_batch(kind, method, tmp_path):
     model, batches = case(kind, tmp_path, torch.float64)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-    setup = setup_of(checkpointed(model, kind).train(), method)
+    setup = setup_of(without_dropout(checkpointed(model, kind)), method)
     move(setup)
     batch = batches[0]
     if isinstance(batch, dict):
