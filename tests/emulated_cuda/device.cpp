@@ -1,5 +1,7 @@
 // The device of the emulated CUDA runtime, and its memory, which is the host's. Its library stands for the driver too
 // (libcuda.so.1); what is not here is the real runtime's, which finds no device and says so.
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +13,7 @@
 using namespace emulated;
 
 static const size_t kMemory = size_t{8} << 30;
+static const size_t kPage = 4096, kAlignment = 16;
 static const int kMultiprocessors = 8;
 static std::map<char*, size_t> on_device, pinned;
 static size_t allocated = 0;
@@ -21,11 +24,18 @@ static bool holds(const std::map<char*, size_t>& blocks, const void* pointer) {
   return block != blocks.begin() && (--block, at < block->first + block->second);
 }
 
+// A block ends where a page begins that may not be touched, up to its alignment.
+static size_t pages_for(size_t bytes) { return (bytes + kAlignment + kPage - 1) / kPage * kPage + kPage; }
+
 CUDA cudaMalloc(void** memory, size_t bytes) {
   const std::lock_guard lock(mutex);
-  if (allocated + bytes > kMemory || posix_memalign(memory, 512, bytes + 1) != 0) {
-    return fail(cudaErrorMemoryAllocation);
-  }
+  if (allocated + bytes > kMemory) return fail(cudaErrorMemoryAllocation);
+  const size_t size = pages_for(bytes);
+  void* const pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
+  char* const end = static_cast<char*>(pages) + size - kPage;
+  mprotect(end, kPage, PROT_NONE);
+  *memory = end - (bytes + kAlignment - 1) / kAlignment * kAlignment;
   std::memset(*memory, 0xff, bytes);  // NaN: what nobody wrote
   on_device[static_cast<char*>(*memory)] = bytes;
   allocated += bytes;
@@ -39,8 +49,9 @@ CUDA cudaFree(void* memory) {
   const auto block = on_device.find(static_cast<char*>(memory));
   if (block == on_device.end()) return fail(cudaErrorInvalidValue);
   allocated -= block->second;
+  const size_t size = pages_for(block->second), inside = (block->second + kAlignment - 1) / kAlignment * kAlignment;
+  munmap(block->first + inside + kPage - size, size);
   on_device.erase(block);
-  std::free(memory);
   return cudaSuccess;
 }
 

@@ -18,6 +18,12 @@ RUNTIME = FOLDER / "libcuda.so.1"  # by this name torch asks for the driver
 OPERATORS = FOLDER / "emulated_operators.so"
 KERNELS = FOLDER / "libkernels.so"
 
+# What a GPU faults on or silently gets wrong ends the run: arrays left, vectors not aligned, integers that overflow.
+CHECKS = (
+    "-fsanitize=bounds,alignment,shift,integer-divide-by-zero,signed-integer-overflow",
+    "-fsanitize-undefined-trap-on-error",
+)
+
 _LAUNCH = re.compile(r"([\w:]+(?:<[^<>]*>)?)<<<(.*?)>>>\(", re.DOTALL)
 
 
@@ -63,7 +69,7 @@ def build() -> None:
     jobs = [
         (RUNTIME, [HERE / "streams.cpp", HERE / "device.cpp"], "-Wl,-soname,libcuda.so.1"),
         (OPERATORS, [HERE / "operators.cpp"], "-DTORCH_EXTENSION_NAME=emulated_operators", *linked),
-        (KERNELS, ours, *linked),
+        (KERNELS, ours, *CHECKS, *linked),
     ]
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(compile_to, *job) for job in jobs]:
