@@ -1,6 +1,7 @@
 """Forward and backward under Hugging Face's gradient checkpointing, as its library has it and as `finetune` runs it.
 
 With masks in the queries and keys of every layer, of the upper half, and of the last: what lies below is frozen.
+``pytest benchmarks/checkpointing.py --benchmark --models BERT-6``.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from subjects import Subject, bert
 
 from talos_fast import Mask
 from talos_fast.forward import default_forward
-from talos_fast.gradient_checkpointing import unhindered
+from talos_fast.gradient_checkpointing import lean_checkpointing
 from talos_fast.methods import Options, Request
 from talos_fast.methods.masked import masked
 from talos_fast.step import Step
@@ -27,7 +28,7 @@ MODELS = {
     "smoke": bert(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128),
 }
 DEFAULT_BATCH = 8
-WAYS = {"as Hugging Face has it": lambda model: nullcontext(), "as finetune runs it": unhindered}
+WAYS = {"as Hugging Face has it": lambda model: nullcontext(), "as finetune runs it": lean_checkpointing}
 
 
 def mask_above(model: torch.nn.Module, lowest: int) -> Mask:

@@ -101,7 +101,7 @@ def finetune(
     Raises:
         TalosError: bad arguments; a module that is compiled or wrapped for several devices; a mask of another model; no
             batch; NaN or infinite logits, loss or gradients (the batch is named and its step not taken); a checkpoint
-            of another run.
+            of another run; for the linear methods an operation without a forward-mode derivative.
     """
     chosen = get_method(method, compat)
     peak = chosen.lr if lr is None else lr

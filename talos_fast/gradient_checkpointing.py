@@ -1,44 +1,63 @@
-"""`unhindered`: Hugging Face's gradient checkpointing without what only its old, reentrant form needs."""
+"""`lean_checkpointing`: Hugging Face's gradient checkpointing without what only its reentrant form needs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
 
 from torch import nn
 
 
 @contextmanager
-def unhindered(model: nn.Module) -> Iterator[None]:
+def lean_checkpointing(model: nn.Module) -> Iterator[None]:
     """Lets the backward pass stop at the lowest layer that trains, and `torch.compile` trace checkpointed layers.
 
     With checkpointing Hugging Face makes the embeddings require a gradient, trained or not, and T5's attention a bias
-    of zeros. Only `use_reentrant=True` has no gradients without that, and so keeps it; else it makes the backward pass
-    go through every layer, and breaks graphs. So does the warning that caches, on by default, are off with it.
+    of zeros. Reentrant checkpoints give no gradients without that, so theirs it stays. Else it only sends the backward
+    pass through every layer and breaks graphs, as does the warning that caches are off. All is as before afterwards.
     """
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     with ExitStack() as stack:
-        if layers and not any(map(_reentrant, layers)):
+        if layers and not any(map(_is_reentrant, layers)):
             for module in model.modules():
-                hooks = [key for key, hook in module._forward_hooks.items() if _requires_input_gradients(hook)]
-                if hooks:
-                    stack.enter_context(patch.dict(module._forward_hooks))
-                for key in hooks:
-                    del module._forward_hooks[key]
-                config = getattr(module, "config", None)
-                if getattr(config, "use_cache", False):
-                    stack.enter_context(patch.object(config, "use_cache", False))
+                _without_input_gradients(module, stack)
             for module in layers:
-                if type(module).__name__.endswith("Attention"):  # which checkpoints nothing itself
-                    stack.enter_context(patch.object(module, "gradient_checkpointing", False))
+                _turn_off(getattr(module, "config", None), "use_cache", stack)
+                if type(module).__name__.endswith("Attention") and not is_checkpointed_block(module):
+                    _turn_off(module, "gradient_checkpointing", stack)
         yield
 
 
-def _reentrant(layer: nn.Module) -> bool:
-    """Unless it says otherwise: before version 5 that was the default."""
+def is_checkpointed_block(module: nn.Module) -> bool:
+    """Whether it is a block of Hugging Face's that checkpoints itself, in training mode only."""
+    known = any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+    return known and bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _is_reentrant(layer: nn.Module) -> bool:
+    """Unless it says that it is not: torch's own default, and until version 4 that of transformers."""
     function = getattr(layer, "_gradient_checkpointing_func", None)
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 
-def _requires_input_gradients(hook: object) -> bool:
-    """Of transformers or peft, which have it by nearly the same name."""
-    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+def _turn_off(owner: object, flag: str, stack: ExitStack) -> None:
+    if value := getattr(owner, flag, False):
+        stack.callback(setattr, owner, flag, value)
+        setattr(owner, flag, False)
+
+
+def _without_input_gradients(module: nn.Module, stack: ExitStack) -> None:
+    """Takes away the hooks that transformers and peft have by nearly the same name, until the stack is left."""
+    hooks = module._forward_hooks
+    before = dict(hooks)
+    for key, hook in before.items():
+        if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+            del hooks[key]
+    taken = before.keys() - hooks.keys()
+
+    def put_back() -> None:
+        """In their order, beside hooks that are new."""
+        now = dict(hooks)
+        hooks.clear()
+        hooks.update({key: hook for key, hook in before.items() if key in now or key in taken} | now)
+
+    if taken:
+        stack.callback(put_back)

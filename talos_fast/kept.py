@@ -6,14 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from talos_fast.gradient_checkpointing import unhindered
+from talos_fast.gradient_checkpointing import lean_checkpointing
 
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
     """Gradients are on, and there are none of before; afterwards none, and flags, modes and buffers are brought back.
 
-    A vector holds parameters only: with buffers that moved base + vector would not be the trained model.
+    A vector holds parameters only: with buffers that moved base + vector would not be the trained model. Meanwhile
+    gradient checkpointing is lean.
     """
     flags = {p: p.requires_grad for p in model.parameters()}
     modes = {module: module.training for module in model.modules()}
@@ -24,7 +25,7 @@ def kept(model: nn.Module) -> Iterator[None]:
     for p in flags:
         p.grad = None
     try:
-        with torch.inference_mode(False), torch.enable_grad(), unhindered(model):
+        with torch.inference_mode(False), torch.enable_grad(), lean_checkpointing(model):
             yield
     finally:
         for p, flag in flags.items():

@@ -1,5 +1,6 @@
 """`Linearized`: a model in place of its first-order Taylor expansion, and what a task vector makes of a model."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from talos_fast.edit import Edit, require_finite
 from talos_fast.errors import TalosError
+from talos_fast.gradient_checkpointing import is_checkpointed_block
 from talos_fast.tangents import Direction, Tangents
 from talos_fast.task_vector import TaskVector
 
@@ -29,6 +31,9 @@ class Linearized(nn.Module):
         model: f; what it returns, a tensor or a structure of tensors, is expanded.
         tangents: τ; the names it lacks do not move.
         origin: θ0, every parameter by name; by default the model's parameters as they are at each call.
+
+    Raises:
+        TalosError: when called, and not compiled, if an operation of the model has no forward-mode derivative.
     """
 
     def __init__(self, model: nn.Module, tangents: Directions, origin: Mapping[str, Tensor] | None = None) -> None:
@@ -93,7 +98,16 @@ class Linearized(nn.Module):
         return output
 
     def _evaluated(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return tree_map_only(Tensor, self._value, self.model(*inputs, **named))
+        try:
+            output = self.model(*inputs, **named)
+        except NotImplementedError as error:
+            if not re.search("forward (mode )?AD", str(error)):
+                raise
+            raise TalosError(
+                f"the model cannot be linearized: {str(error).partition(' because ')[0].rstrip('.')}; use another "
+                "implementation of it, or a method that is not linear"
+            ) from error
+        return tree_map_only(Tensor, self._value, output)
 
     def _value(self, dual: Tensor) -> Tensor:
         value, slope = unpack_dual(dual)
@@ -140,9 +154,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         for module, training in modes.items():
-            # Hugging Face's blocks checkpoint in training mode only; what is random in them are other modules.
-            block = any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
-            module.training = training and block and bool(getattr(module, "gradient_checkpointing", False))
+            # What is random in a block that checkpoints are other modules.
+            module.training = training and is_checkpointed_block(module)
         yield
     finally:
         for module, training in modes.items():

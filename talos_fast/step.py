@@ -46,6 +46,10 @@ class Step:
     parameter: on the CPU it is found before the update, on CUDA the optimizer skips it on the device and every later
     step with it, and the host hears of it at most two steps later, without having waited.
 
+    A CUDA graph may hold all of it, if the optimizer is capturable. Eager gradient checkpointing must then be told
+    ``preserve_rng_state=False``, beside ``use_reentrant=False``, since torch reads no generator in a capture; the model
+    must have no dropout, which would be drawn anew.
+
     Args:
         setup: what trains.
         model: passed to the setup's forward.

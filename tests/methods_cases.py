@@ -3,6 +3,7 @@
 import torch
 from tiny_models import image_task, text_task, tiny_clip, tiny_timm, write_bert, write_t5
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from talos_fast import Mask, models
 from talos_fast.forward import default_forward
@@ -44,6 +45,11 @@ def without_dropout(model):
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
     return model
+
+
+def two_of_one_shape(batch) -> list:
+    """A batch and another."""
+    return [batch, tree_map(lambda tensor: tensor.roll(1, -1), batch)]
 
 
 def mask_of(model) -> Mask:

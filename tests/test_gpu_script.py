@@ -72,11 +72,11 @@ def test_every_part_runs_whatever_became_of_the_others(run, tmp_path):
 
 
 def test_nothing_runs_longer_than_the_budget(run):
-    done, summary = run("build", "calibration", "kernels", "table", MODELS="T5-Large", LIMIT="30", BUDGET="2")
+    done, summary = run("build", "calibration", "kernels", "table", MODELS="T5-Large", LIMIT="30", BUDGET="4")
     assert done.returncode == 1
     assert [line.split(":")[0] for line in summary] == ["build", "calibration-T5-Large", "kernels", "table-T5-Large"]
-    assert re.search("STOPPED after [12] s", summary[1])
-    assert all(line.endswith("NOT RUN, the 2 s for all of it are over") for line in summary[2:])
+    assert re.search("STOPPED after [1-4] s", summary[1])
+    assert all(line.endswith("NOT RUN, the 4 s for all of it are over") for line in summary[2:])
 
 
 def test_a_part_on_its_own_builds_first_where_that_is_needed(run, tmp_path):

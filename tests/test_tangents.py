@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from talos_fast.errors import TalosError
 from talos_fast.forward import default_forward
 from talos_fast.linear import Linearized
 from talos_fast.tangents import LowRank, Tangents
@@ -38,6 +39,47 @@ def test_a_forward_that_asks_for_a_part_of_the_model_is_told_why_it_cannot():
     line = Linearized(nn.Sequential(nn.Linear(2, 2)), dict)
     with pytest.raises(AttributeError, match="no attribute 'encode_image': for a linear method forward= must call the"):
         line.encode_image(torch.zeros(1, 2))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def warped(x):
+    return F.grid_sample(torch.ones(len(x), 1, 3, 3), x.view(-1, 1, 2, 2), align_corners=False)
+
+
+@pytest.mark.parametrize(
+    "function, why",
+    [
+        (warped, "Trying to use forward AD with grid_sampler.*"),
+        (Doubled.apply, "You must implement the jvp function.*"),
+    ],
+)
+def test_an_operation_without_a_forward_mode_is_named(function, why):
+    class Model(nn.Linear):
+        def forward(self, x):
+            return function(super().forward(x))
+
+    line = Linearized(Model(2, 4), {"weight": torch.ones(4, 2)}.copy)
+    with pytest.raises(TalosError, match=f"cannot be linearized: {why}; use another implementation"):
+        line(torch.ones(1, 2))
+
+
+def test_what_else_is_not_implemented_is_the_model_s_own_word():
+    class Refusing(nn.Linear):
+        def forward(self, x):
+            raise NotImplementedError("for such inputs")
+
+    line = Linearized(Refusing(2, 4), {"weight": torch.ones(4, 2)}.copy)
+    with pytest.raises(NotImplementedError, match="^for such inputs$"):
+        line(torch.ones(1, 2))
 
 
 def counted(line: Linearized, x: torch.Tensor) -> tuple[int, int]:

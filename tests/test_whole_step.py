@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_graphs import captured
-from methods_cases import case, checkpointed, setup_of, without_dropout
+from methods_cases import case, checkpointed, setup_of, two_of_one_shape, without_dropout
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils import checkpoint
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from talos_fast.forward import to_device
-from talos_fast.gradient_checkpointing import unhindered
+from talos_fast.gradient_checkpointing import lean_checkpointing
 from talos_fast.methods import METHODS, base
 from talos_fast.step import Step
 
@@ -112,8 +112,8 @@ def test_forward_and_backward_compile_without_a_break_and_once(kind, method, amp
             setup = replace(setup, forward=torch.compile(setup.forward, backend=counter, fullgraph=True))
         accumulate = 2 if checkpoints else 1
         step = Step(setup, model, functional.cross_entropy, clip=1.0, amp=amp, accumulate=accumulate)
-        with unhindered(model):
-            take(step, batches if kind in ("clip", "timm") else batches[:1], 3, accumulate=accumulate)  # of one shape
+        with lean_checkpointing(model):
+            take(step, two_of_one_shape(batches[0]), 3, accumulate=accumulate)
         results.append([p.detach().clone() for p in setup.trained.values()])
     assert counter.frame_count == 1
     for mine, plain in zip(*results, strict=True):
@@ -121,7 +121,7 @@ def test_forward_and_backward_compile_without_a_break_and_once(kind, method, amp
 
 
 def capturable(kind: str, method: str, folder, amp="bf16", form=lambda setup: setup, checkpoints=False, accumulate=1):
-    """A step without dropout whose optimizer may be captured, its learning rate, what trains, and one batch."""
+    """A step without dropout whose optimizer may be captured, its learning rate, what trains, and its batches."""
     torch.manual_seed(0)
     model, batches = case(kind, folder)
     model = without_dropout(checkpointed(model, kind) if checkpoints else model)
@@ -129,7 +129,8 @@ def capturable(kind: str, method: str, folder, amp="bf16", form=lambda setup: se
     for group in setup.optimizer.param_groups:
         group["capturable"], group["eps"] = True, 1e-4  # a gradient that is nothing but rounding moves nothing
     step = Step(setup, model, functional.cross_entropy, clip=1.0, amp=amp, accumulate=accumulate)
-    return step, torch.tensor(1e-3, device="cuda"), setup.trained, to_device(batches[:1], torch.device("cuda"))
+    given = to_device(two_of_one_shape(batches[0])[:accumulate], torch.device("cuda"))
+    return step, torch.tensor(1e-3, device="cuda"), setup.trained, given
 
 
 def replay_beside(replayed, eager, accumulate=1):
@@ -162,13 +163,19 @@ def test_a_replayed_step_is_the_eager_one(kind, method, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replayed_step_with_checkpoints_and_two_batches_is_the_plain_one(kind, method, tmp_path, monkeypatch):
     """Checkpoints keep no random state, which there is no reading of in a capture."""
-    stateless = partial(checkpoint.checkpoint, preserve_rng_state=False)
+    runs, plain = [], checkpoint.checkpoint
+
+    def stateless(function, *args, **kwargs):
+        runs.append(function)
+        return plain(function, *args, **kwargs | {"preserve_rng_state": False})
+
     for module in ("open_clip.transformer", "torch.utils.checkpoint", "transformers.modeling_utils"):
         monkeypatch.setattr(f"{module}.checkpoint", stateless)
     replay_beside(
         *(capturable(kind, method, tmp_path, "off", checkpoints=is_on, accumulate=2) for is_on in (True, False)),
         accumulate=2,
     )
+    assert runs
 
 
 @pytest.mark.gpu

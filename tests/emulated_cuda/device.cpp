@@ -1,7 +1,9 @@
 // The device of the emulated CUDA runtime, and its memory, which is the host's. Its library stands for the driver too
 // (libcuda.so.1); what is not here is the real runtime's, which finds no device and says so.
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,7 +15,7 @@
 using namespace emulated;
 
 static const size_t kMemory = size_t{8} << 30;
-static const size_t kPage = 4096, kAlignment = 16;
+static const size_t kAlignment = 16;  // of the widest vectors; CUDA's own is at least 256
 static const int kMultiprocessors = 8;
 static std::map<char*, size_t> on_device, pinned;
 static size_t allocated = 0;
@@ -24,19 +26,32 @@ static bool holds(const std::map<char*, size_t>& blocks, const void* pointer) {
   return block != blocks.begin() && (--block, at < block->first + block->second);
 }
 
-// A block ends where a page begins that may not be touched, up to its alignment.
-static size_t pages_for(size_t bytes) { return (bytes + kAlignment + kPage - 1) / kPage * kPage + kPage; }
+// A block ends where a page begins that may not be touched, up to its alignment. What it does not use of its pages
+// holds 0xff: NaN to who reads it, and looked at when the block is given back.
+struct Pages {
+  size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), open, inside;
+
+  explicit Pages(size_t bytes)
+      : open((bytes + kAlignment + page - 1) / page * page),
+        inside((bytes + kAlignment - 1) / kAlignment * kAlignment) {}
+
+  char* first(char* block) const { return block + inside - open; }
+};
 
 CUDA cudaMalloc(void** memory, size_t bytes) {
   const std::lock_guard lock(mutex);
   if (allocated + bytes > kMemory) return fail(cudaErrorMemoryAllocation);
-  const size_t size = pages_for(bytes);
-  void* const pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
-  char* const end = static_cast<char*>(pages) + size - kPage;
-  mprotect(end, kPage, PROT_NONE);
-  *memory = end - (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  std::memset(*memory, 0xff, bytes);  // NaN: what nobody wrote
+  const Pages pages(bytes);
+  void* const first =
+      mmap(nullptr, pages.open + pages.page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (first == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
+  char* const end = static_cast<char*>(first) + pages.open;
+  if (mprotect(end, pages.page, PROT_NONE) != 0) {
+    munmap(first, pages.open + pages.page);
+    return fail(cudaErrorMemoryAllocation);
+  }
+  std::memset(first, 0xff, pages.open);  // NaN: what nobody wrote
+  *memory = end - pages.inside;
   on_device[static_cast<char*>(*memory)] = bytes;
   allocated += bytes;
   return cudaSuccess;
@@ -48,9 +63,16 @@ CUDA cudaFree(void* memory) {
   if (const cudaError_t error = run_all()) return error;
   const auto block = on_device.find(static_cast<char*>(memory));
   if (block == on_device.end()) return fail(cudaErrorInvalidValue);
-  allocated -= block->second;
-  const size_t size = pages_for(block->second), inside = (block->second + kAlignment - 1) / kAlignment * kAlignment;
-  munmap(block->first + inside + kPage - size, size);
+  const auto [begin, bytes] = *block;
+  const Pages pages(bytes);
+  char* const first = pages.first(begin);
+  const auto untouched = [](char byte) { return byte == '\xff'; };
+  if (!std::all_of(first, begin, untouched) || !std::all_of(begin + bytes, begin + pages.inside, untouched)) {
+    std::fprintf(stderr, "emulated CUDA: something was written beside a block of %zu bytes\n", bytes);
+    std::abort();
+  }
+  munmap(first, pages.open + pages.page);
+  allocated -= bytes;
   on_device.erase(block);
   return cudaSuccess;
 }
