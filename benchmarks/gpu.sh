@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one, with the Python and torch that are there and no network.
 #
-#   benchmarks/gpu.sh [build] [tests] [sanitizer] [step] [kernels] [calibration] [table]      no name: all of them
+#   benchmarks/gpu.sh [build] [tests] [compiled] [sanitizer] [step] [kernels] [calibration] [table]    no name: all
 #
 # Each part has its own time limit (calibration and table: each of their models) and its own log; one that fails does not
 # stop the others, and the summary at the end says which did. Where talos_fast is not installed with its libraries, build
@@ -94,10 +94,12 @@ build() {
   built || fail "build: FAILED, talos_fast has no CUDA operators; see build.txt"
 }
 
-tests() {
-  run tests "$python" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
-    --junitxml="$out/tests.xml"
-}
+gpu_tests=("$python" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors)
+
+tests() { run tests "${gpu_tests[@]}" -k "not a_compiled_step" --junitxml="$out/tests.xml"; }
+
+# Those that wait for torch.compile most of the time, under a limit of their own.
+compiled() { run compiled "${gpu_tests[@]}" -k a_compiled_step --junitxml="$out/compiled.xml"; }
 
 # Without torch's caching allocator every tensor is an allocation of its own, so that stepping over its end is seen.
 # The tests of our kernels only, and none that compile: whole models launch torch's kernels by the thousand. Nor the two
@@ -136,7 +138,7 @@ each() {
   done
 }
 
-known=(build tests sanitizer step kernels calibration table)
+known=(build tests compiled sanitizer step kernels calibration table)
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=("${known[@]}")
 for part in "${parts[@]}"; do

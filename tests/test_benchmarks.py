@@ -82,9 +82,9 @@ def test_every_row_has_its_figures(measured, model, methods, variants):
     assert sparse["work"]["saved_bytes"] < full["work"]["saved_bytes"]
 
 
-def test_results_of_step_and_calibration_go_where_they_are_asked_to(tmp_path):
+def test_results_go_where_they_are_asked_to(tmp_path):
     """A GPU machine gives back one folder."""
-    benchmarks = "benchmarks/step.py", "benchmarks/calibration.py"
+    benchmarks = [f"benchmarks/{name}.py" for name in ("step", "calibration", "checkpointing")]
     options = "--preset", "smoke", "--groups", "ours", "--rounds", "1", "--results", tmp_path
     done = program("-m", "pytest", *benchmarks, "--benchmark", *options, "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -94,6 +94,9 @@ def test_results_of_step_and_calibration_go_where_they_are_asked_to(tmp_path):
     assert calibration.keys() == {"benchmark", "model", "ours, batch 16"}
     ours = calibration["ours, batch 16"]
     assert ours["rows"]["talos-fast, full"]["of_plain"] > 0 and ours["device_name"] and ours["revision"]
+    checkpointing = json.loads((tmp_path / "checkpointing_smoke_cpu.json").read_text())["rows"]
+    mib = {name: row["allocated_mib"] for name, row in checkpointing.items()}
+    assert len(mib) == 4 and mib["layers 1 to 1, as finetune runs it"] < mib["layers 1 to 1, as Hugging Face has it"]
 
 
 def test_options_that_nothing_can_do_are_refused_before_anything_runs():

@@ -57,8 +57,8 @@ def test_every_part_runs_whatever_became_of_the_others(run, tmp_path):
     assert done.returncode == 1
     results = {line.split(":")[0]: line.split(": ")[1].split(",")[0] for line in summary}
     assert list(results) == [
-        "build", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "step", "kernels",
-        "calibration-ViT-B-32", "calibration-T5-Large", "table-ViT-B-32", "table-T5-Large",
+        "build", "tests", "compiled", "sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "step",
+        "kernels", "calibration-ViT-B-32", "calibration-T5-Large", "table-ViT-B-32", "table-T5-Large",
     ]  # fmt: skip
     assert results.pop("step") == "FAILED with exit code 3; see step.txt"
     assert results.pop("calibration-T5-Large") == "STOPPED after 3 s; see calibration-T5-Large.txt"

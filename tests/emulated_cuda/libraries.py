@@ -32,8 +32,9 @@ def rewritten(source: Path) -> Path:
     text = _LAUNCH.sub(r"emulated::launch([](auto... a) { \1(a...); }, \2)(", source.read_text())
     text = text.replace("extern __shared__", "extern")  # __shared__ means static
     path = FOLDER / source.with_suffix(".cpp").name
-    path.write_text(f'#line 1 "{source}"\n{text}')
-    return path
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(f'#line 1 "{source}"\n{text}')
+    return beside.rename(path)
 
 
 def headers() -> list[str]:
