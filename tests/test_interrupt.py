@@ -48,10 +48,19 @@ def test_signals_that_are_ignored_or_handled_by_the_program_are_left_to_it():
             signal.signal(number, handler)
 
 
+def started_then_asleep(started) -> None:
+    started.set()
+    time.sleep(60)
+
+
 def test_processes_that_are_forked_meanwhile_can_be_ended():
+    """Once they run: in a process that is just being forked Python forgets a signal that has a handler."""
+    context = multiprocessing.get_context("fork")
     with interruptible() as interrupted:
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        started = context.Event()
+        child = context.Process(target=started_then_asleep, args=(started,))
         child.start()
+        assert started.wait(60)
         child.terminate()
         child.join(20)
         assert child.exitcode == -signal.SIGTERM and not interrupted()
