@@ -8,10 +8,6 @@ from talos_fast import Mask, finetune
 from talos_fast.gradient_checkpointing import lean_checkpointing
 
 
-def layers_of(model):
-    return model.encoder.encoder.layer
-
-
 def upper_mask(model) -> Mask:
     """All queries of the upper of two layers."""
     return Mask({
@@ -21,11 +17,9 @@ def upper_mask(model) -> Mask:
 
 def state(model):
     """What `lean_checkpointing` may change."""
-    return [
-        (list(m._forward_hooks.items()), getattr(m, "gradient_checkpointing", None), m.config.use_cache)
-        if hasattr(m, "config") else (list(m._forward_hooks.items()), getattr(m, "gradient_checkpointing", None))
-        for m in model.modules()
-    ]  # fmt: skip
+    configs = [getattr(m, "config", None) for m in model.modules()]
+    flags = [(getattr(m, "gradient_checkpointing", None), list(m._forward_hooks.items())) for m in model.modules()]
+    return flags, [getattr(config, "use_cache", None) for config in configs]
 
 
 def runs_in(model, steps) -> list[int]:
@@ -33,7 +27,7 @@ def runs_in(model, steps) -> list[int]:
     counts = [0, 0]
     hooks = [
         layer.attention.register_forward_pre_hook(lambda *_, n=n: counts.__setitem__(n, counts[n] + 1))
-        for n, layer in enumerate(layers_of(model))
+        for n, layer in enumerate(model.encoder.encoder.layer)
     ]
     steps()
     for hook in hooks:

@@ -53,8 +53,8 @@ def test_what_is_written_beside_a_block_is_found_when_it_is_given_back(place):
     assert runtime.cudaFree(block) == 0
 
 
-@pytest.mark.parametrize("index, first, ends", [(3, 4, 0), (4, 4, -signal.SIGILL), (3, 1, -signal.SIGILL)])
-def test_kernels_are_built_to_end_with_what_a_gpu_faults_on(index, first, ends, tmp_path):
+@pytest.mark.parametrize("index, first, is_sound", [(3, 4, True), (4, 4, False), (3, 1, False)])
+def test_kernels_are_built_to_end_with_what_a_gpu_faults_on(index, first, is_sound, tmp_path):
     """An entry behind an array, and a vector that does not begin at a multiple of its size."""
     source, program = tmp_path / "kernel.cpp", tmp_path / "kernel"
     source.write_text("""
@@ -68,4 +68,5 @@ def test_kernels_are_built_to_end_with_what_a_gpu_faults_on(index, first, ends, 
         }
     """)
     subprocess.run(["g++", "-O2", "-w", *CHECKS, str(source), "-o", str(program)], check=True)
-    assert subprocess.run([program, str(index), str(first)]).returncode == ends
+    traps = -signal.SIGILL, -signal.SIGTRAP  # on x86, on ARM
+    assert subprocess.run([program, str(index), str(first)]).returncode in ((0,) if is_sound else traps)
