@@ -97,6 +97,28 @@ def test_the_verbs_in_a_row(run, place):
     assert "control" in made(run, f"merge {model} {forget} --out negated")
 
 
+def test_an_edit_is_a_base_like_any_other(run, place):
+    """calibrate, finetune and merge on what merge wrote; it is not the pre-trained base, and vectors know it."""
+    model, edit = "--model hf:bert --batch-size 8 -q", "edit/model.safetensors"
+    fit = f"{model} --method nonlinear --lr 3e-2 --steps 3"
+    made(run, f"finetune {fit} --data words.jsonl.gz --out first")
+    made(run, f"merge {model} --add first --alpha 0.5 --out edit")
+    made(run, f"calibrate {model} --data more.jsonl.gz --weights {edit} --out on.safetensors")
+    made(run, f"calibrate {model} --data more.jsonl.gz --out off.safetensors")
+    assert Mask.load(place / "on.safetensors") != Mask.load(place / "off.safetensors")
+    made(run, f"finetune {fit} --data more.jsonl.gz --weights {edit} --out second")
+    assert TaskVector.from_pretrained(place / "second").info["encoder_weights"] == edit
+    for alpha in ("--alpha 1", "--alpha search --data more.jsonl.gz"):
+        made(run, f"merge {model} --onto {edit} --add second {alpha} --out both")
+        code, _, err = run(f"merge {model} --add second {alpha} --out refused")
+        assert code == 2 and "another" in err
+    alpha = json.loads((place / "both" / "merge.json").read_text())["alpha"]
+    tasks = "--data words.jsonl.gz --data more.jsonl.gz"
+    made(run, f"evaluate {model} {tasks} --weights both/model.safetensors --out a.json")
+    made(run, f"evaluate {model} {tasks} --weights {edit} --add second --alpha {alpha} --out b.json")
+    assert json.loads((place / "a.json").read_text()) == json.loads((place / "b.json").read_text())
+
+
 @pytest.mark.parametrize("command, said", [
     ("calibrate", "--checkpoint-dir would keep finished rounds"),
     ("calibrate --checkpoint-dir rounds", "the same command goes on from rounds"),

@@ -56,6 +56,7 @@ def calibrate(
     run: o.Run,
     data: o.Data,
     out: Annotated[Path, typer.Option(help="The mask, a .safetensors file.")] = Path("mask.safetensors"),
+    weights: o.Weights = None,
     density: Annotated[float | None, typer.Option(help="Fraction that trains; default 0.1.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="1 - density, instead of it.")] = None,
     estimator: Annotated[Estimator, typer.Option(metavar="<str>", help=" | ".join(get_args(Estimator)))] = "fisher",
@@ -78,6 +79,7 @@ def calibrate(
     (task,) = o.load_tasks([data])
     backbone = run.backbone()
     classifier = backbone.classifier(task)
+    o.load_weights(classifier, weights)
     with o.resumable(checkpoint_dir):
         mask = talos.calibrate(
             classifier, backbone.batches(task.train, batch_size=batch_size, seed=run.seed, limit=samples),
@@ -86,7 +88,7 @@ def calibrate(
             scores_device=scores_device, stability=stability, checkpoint_dir=checkpoint_dir, resume=resume,
             seed=run.seed, progress=not run.quiet,
         )  # fmt: skip
-    mask.info |= {**run.source, "task": task.name, "samples": min(samples, len(task.train))}
+    mask.info |= {**run.source(weights), "task": task.name, "samples": min(samples, len(task.train))}
     mask.save(out)
     typer.echo(f"{out}: {mask}")
 
@@ -97,6 +99,7 @@ def finetune(
     run: o.Run,
     data: o.Data,
     out: Annotated[Path, typer.Option(help="The task vector, a folder.")] = Path("task_vector"),
+    weights: o.Weights = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "talos",
     mask: Annotated[Path | None, typer.Option(help="What calibrate wrote; for talos.")] = None,
     density: Annotated[float | None, typer.Option(help="Fraction that trains, for lota; default 0.1.")] = None,
@@ -127,6 +130,7 @@ def finetune(
     (task,) = o.load_tasks([data])
     backbone = run.backbone()
     classifier = backbone.classifier(task)
+    o.load_weights(classifier, weights)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
     with o.resumable(checkpoint), restored(dict(classifier.named_parameters())):
         vector = talos.finetune(
@@ -135,7 +139,7 @@ def finetune(
             warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, compile=compile,
             checkpoint_dir=checkpoint, resume=resume, seed=run.seed, progress=not run.quiet,
         )  # fmt: skip
-    vector.info |= {**run.source, "task": task.name, "batch_size": batch_size}
+    vector.info |= {**run.source(weights), "task": task.name, "batch_size": batch_size}
     vector.save_pretrained(out)
     if checkpoint_dir is None:
         remove(checkpoint)

@@ -38,6 +38,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors and merge.json.")] = Path("merged"),
     add: Add = None,
     subtract: Subtract = None,
+    onto: o.Weights = None,
     alpha: Annotated[str, typer.Option(help="A number, or 'search'.")] = "1.0",
     weights: Annotated[list[float] | None, typer.Option(help="One a vector, in the order added, subtracted.")] = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "task_arithmetic",
@@ -63,18 +64,19 @@ def merge(
     backbone, report = run.backbone(), dict[str, Any]()
     if coefficient is None:
         floor = {} if control_floor is None else {"control_floor": control_floor}
-        base, found = _search(backbone, vectors, tasks, controls, batch_size, method=method, **floor, **options)
+        base, found = _search(backbone, onto, vectors, tasks, controls, batch_size, method=method, **floor, **options)
         coefficient, report = found.alpha, {"search": found.to_json()}
         typer.echo(f"alpha {found.alpha:g}: {found.why}")
     else:
         base = Classifier(backbone.encoder, nn.Identity())
+        o.load_weights(base, onto)
     edited = talos.merge(base, vectors, alpha=coefficient, weights=weights, method=method, inplace=True, **options)
     assert isinstance(edited, Classifier)
     with storage.atomic(out / "model.safetensors") as temporary:
         save_file({name: t.contiguous().clone() for name, t in edited.encoder.state_dict().items()}, temporary)
     storage.write_json(
         out / "merge.json",
-        {**run.source, "alpha": coefficient, "weights": weights, "method": method, "options": options,
+        {**run.source(onto), "alpha": coefficient, "weights": weights, "method": method, "options": options,
          "add": [str(path) for path in add or []], "subtract": [str(path) for path in subtract or []], **report},
     )  # fmt: skip
     typer.echo(
@@ -157,6 +159,7 @@ def _coefficient(
 
 def _search(
     backbone: Backbone,
+    onto: Path | None,
     vectors: list[talos.TaskVector],
     tasks: list[Task],
     controls: list[Task],
@@ -171,5 +174,6 @@ def _search(
     judges = [judge(task) for task in tasks]
     control = judge(controls[0])[1] if controls else None
     base = judges[0][0]
+    o.load_weights(base, onto)
     found = talos.search_alpha(base, vectors, evaluate=[e for _, e in judges], control=control, **options)
     return base, found

@@ -87,10 +87,10 @@ class Run:
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    @property
-    def source(self) -> dict[str, str | None]:
+    def source(self, weights: Path | None) -> dict[str, str | None]:
         """Which weights a result came from, for the result's own file."""
-        return {"model": self.model, "pretrained": self.pretrained}
+        edited = {} if weights is None else {"encoder_weights": str(weights)}
+        return {"model": self.model, "pretrained": self.pretrained, **edited}
 
     def backbone(self) -> Backbone:
         """The model, or `TalosError`."""
@@ -118,7 +118,7 @@ def with_run(command: Callable[..., None]) -> Callable[..., None]:
 
 
 Weights = Annotated[
-    Path | None, typer.Option(help="Encoder weights that merge wrote, loaded over the pre-trained ones.")
+    Path | None, typer.Option(help="Encoder weights that merge wrote, instead of the pre-trained ones.")
 ]
 Data = Annotated[
     Path, typer.Option(help="Folder of train/CLASS/*.png files, .npz, .jsonl(.gz), hub:NAME@COMMIT, demo:NAME.")
@@ -168,7 +168,10 @@ def _load_task(path: Path) -> Task:
 
 
 def load_weights(classifier: Classifier, path: Path | None) -> None:
-    """Loads what merge wrote into the encoder, strictly."""
+    """Loads what merge wrote into the encoder, strictly.
+
+    After the heads are made, which are the pre-trained model's: an edit is trained and judged with those.
+    """
     if path is None:
         return
     from talos_fast.fingerprint import named_tensors
@@ -176,4 +179,4 @@ def load_weights(classifier: Classifier, path: Path | None) -> None:
     try:
         classifier.encoder.load_state_dict(named_tensors(path), strict=True)
     except RuntimeError as error:
-        raise TalosError(f"--weights {path}: does not fit this model ({brief(error)})") from error
+        raise TalosError(f"{path}: does not fit this model ({brief(error)})") from error

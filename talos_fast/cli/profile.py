@@ -50,4 +50,4 @@ def profile(
     )  # fmt: skip
     typer.echo(str(found))
     if out is not None:
-        storage.write_json(out, {**found.to_json(), **run.source, "task": task.name})
+        storage.write_json(out, {**found.to_json(), **run.source(weights), "task": task.name})
