@@ -18,6 +18,7 @@ from accuracy_table import RESULTS, mean
 
 from talos_fast import Mask
 from talos_fast.cells import Cells
+from talos_fast.markdown import grid
 from talos_fast.methods import METHODS
 from talos_fast.storage import write_json
 from talos_fast.structure import parts
@@ -105,12 +106,12 @@ def measure(name: str, variant: str, change: dict, default: Plan, out: Path, tas
 
 def markdown(found: dict[str, dict]) -> str:
     """The rows as a table, accuracies in percent."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]
+    rows = [list(COLUMNS)]
     for name, row in found.items():
         shown = [f"{100 * row[key]:.1f}" for key in ("single", "added", "norm.", "target", "control")]
         shown.insert(3, f"{row['α']:g}")
-        lines.append(f"| {name} | {row['lr']:.2g} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, f"{row['lr']:.2g}", *shown])
+    return grid(rows) + "\n"
 
 
 def main() -> None:

@@ -5,13 +5,15 @@ Writes ``table.md``, ``summary.md`` and ``efficiency.png`` beside the results.
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aims import aims
 from efficiency import plot
 from show import ALONE, BASELINE, COUNTED, LEGEND, ORDER, SHOWN, VARIANTS, figures, heading, precision, rows_of, short
+
+from talos_fast.markdown import grid
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("ViT-B-32", "ViT-L-14", "T5-Large")
@@ -28,7 +30,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 def markdown(contents: list[dict[str, Any]]) -> str:
     """The aims; then one table a model, machine and variant; what nobody has measured is named."""
-    lines = ["**The aims, for talos over full fine-tuning**", "", *_grid(aims(contents, MODELS)), "", LEGEND, ""]
+    lines = ["**The aims, for talos over full fine-tuning**", "", grid(aims(contents, MODELS)), "", LEGEND, ""]
     if any(row.get("alone") for content in contents for row in content["rows"]):
         lines += [ALONE.replace("* ", r"\* "), ""]
     for content in contents:
@@ -48,7 +50,7 @@ def _tables(content: dict[str, Any]) -> Iterator[str]:
             for method in dict.fromkeys((*ORDER, *rows)):
                 row = rows.get(method, {"missing": "no run"})
                 table.append([method, *figures(content, row)])
-            yield from (*_grid(table), "")
+            yield from (grid(table), "")
 
 
 def _over_the_paper(content: dict[str, Any]) -> Iterator[str]:
@@ -58,7 +60,7 @@ def _over_the_paper(content: dict[str, Any]) -> Iterator[str]:
     shown = [(variant, column) for variant in VARIANTS for column in ("total", "peak")]
     table = [["method", *(f"{variant}: {column}" for variant, column in shown)]]
     table += [[method, *(short(content, method, *one, against="paper") for one in shown)] for method in ORDER]
-    yield from (*_grid(table), "")
+    yield from (grid(table), "")
 
 
 def summary(contents: list[dict[str, Any]]) -> str:
@@ -68,15 +70,7 @@ def summary(contents: list[dict[str, Any]]) -> str:
     for method, variant in SUMMARY:
         columns = [short(content, method, variant, column) for content in contents for column in shown]
         table.append([method if variant == "eager" else f"{method}, {variant}", *columns])
-    return "\n".join(_grid(table)) + "\n"
-
-
-def _grid(table: Iterable[Iterable[str]]) -> Iterator[str]:
-    """Rows of columns as markdown, the first of them the head."""
-    for number, row in enumerate(map(list, table)):
-        yield "| " + " | ".join(row) + " |"
-        if number == 0:
-            yield "| " + " | ".join(["---"] * len(row)) + " |"
+    return grid(table) + "\n"
 
 
 def main() -> None:

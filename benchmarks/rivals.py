@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.optim import AdamW, Optimizer
 from workloads import Workload
 
-from talos_fast.forward import Batch, Forward, default_forward, labels_of
+from talos_fast.forward import Batch, Forward, default_forward, functional_forward, labels_of
 from talos_fast.linear import differentiable_forward
 from talos_fast.methods import Setup
 from talos_fast.methods.l_lora import LORA_ALPHA, RANK, lora_adapters, lora_changes
@@ -117,15 +117,12 @@ def through_torch(method: str, setup: Setup, workload: Workload) -> Setup:
 
 def _by_jvp(model: nn.Module, directions: Callable[[], Mapping[str, Tensor]]) -> Forward:
     origin = {name: p.detach() for name, p in model.named_parameters()}
-    called = _Called(model)
 
     def forward(_: nn.Module, batch: Batch) -> Tensor:
         tangents = dict(directions())
 
         def logits(values: Mapping[str, Tensor]) -> Tensor:
-            named = {f"model.{name}": value for name, value in {**origin, **values}.items()}
-            found: Tensor = functional_call(called, named, (batch,))
-            return found
+            return functional_forward(default_forward, model, {**origin, **values}, batch)
 
         with differentiable_forward(model):
             value, slope = jvp(logits, ({name: origin[name] for name in tangents},), (tangents,))
@@ -133,17 +130,6 @@ def _by_jvp(model: nn.Module, directions: Callable[[], Mapping[str, Tensor]]) ->
         return moved
 
     return forward
-
-
-class _Called(nn.Module):
-    """A model as `default_forward` calls it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Tensor:
-        return default_forward(self.model, batch)
 
 
 def as_the_paper_ran_it(method: str, setup: Setup, workload: Workload) -> tuple[dict[str, Tensor], Optimizer]:

@@ -12,8 +12,11 @@ from measure import interleaved
 from records import header
 from torch import Tensor
 
-from talos_fast import ops
 from talos_fast.sensitivity import kth_smallest, select_extreme
+from talos_fast.sensitivity.accumulate import (
+    accumulate_squared_per_sample_,
+    accumulate_squared_per_sample_reference,
+)
 from talos_fast.storage import write_json
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -33,13 +36,11 @@ def contenders(tokens: int, outs: int, ins: int, device: str) -> dict[str, Calla
     def summed(x: Tensor, g: Tensor) -> Callable[[], object]:
         return lambda: torch.mm(g.reshape(-1, outs).t(), x.reshape(-1, ins))
 
-    accumulate = ops.accumulate_squared_per_sample_
+    accumulate = accumulate_squared_per_sample_
     return {
         YARDSTICK: summed(inputs, grads),
         "torch: bmm, square, sum, fp32": lambda: scores.add_(torch.bmm(grads.mT, inputs).square_().sum(0)),
-        "torch: a GEMM and addcmul_ a sample": lambda: ops.accumulate_squared_per_sample_reference(
-            scores, inputs, grads
-        ),
+        "torch: a GEMM and addcmul_ a sample": lambda: accumulate_squared_per_sample_reference(scores, inputs, grads),
         "talos_fast, fp32": lambda: accumulate(scores, inputs, grads),
         "torch: one summed GEMM, bfloat16": summed(x, g),
         "talos_fast, bfloat16": lambda: accumulate(scores, x, g),

@@ -104,9 +104,7 @@ void compact_gradient_cpu(Tensor compact, Tensor grad, Tensor work, std::optiona
   STD_TORCH_CHECK(compact.scalar_type() == (type == ScalarType::Double ? type : ScalarType::Float),
                   "compact must be float64 for float64 gradients, else float32");
   STD_TORCH_CHECK(compact.is_contiguous() && grad.is_contiguous(), "compact and grad must be contiguous");
-  STD_TORCH_CHECK(
-      work.scalar_type() == ScalarType::Long && work.is_contiguous() && work.dim() == 2 && work.size(1) == 4,
-      "work must be a contiguous int64 table of four columns");
+  check_work(work);
   const Row* const rows = reinterpret_cast<const Row*>(work.const_data_ptr<int64_t>());
   check_stray(find_stray(rows, work.size(0), {grad.numel(), compact.numel(), index}));
   int64_t covered = 0;
@@ -123,15 +121,7 @@ void compact_gradient_cpu(Tensor compact, Tensor grad, Tensor work, std::optiona
     torch::stable::parallel_for(0, work.size(0), kRowsAtOnce,
                                 [&](int64_t begin, int64_t end) { gather(tensor, rows + begin, end - begin); });
   };
-  if (type == ScalarType::Double) {
-    go(double{}, double{});
-  } else if (type == ScalarType::Float) {
-    go(float{}, float{});
-  } else if (type == ScalarType::BFloat16) {
-    go(BFloat16{}, float{});
-  } else {
-    go(Half{}, float{});
-  }
+  for_type(type, go);
 }
 
 }  // namespace

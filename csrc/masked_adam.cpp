@@ -133,15 +133,7 @@ void masked_adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors ex
                                  A(grad_scale), A(1 - beta1), A(1 - beta2), maximize};
     run(tasks, scalars);
   };
-  if (type == ScalarType::Double) {
-    go(double{}, double{});
-  } else if (type == ScalarType::Float) {
-    go(float{}, float{});
-  } else if (type == ScalarType::BFloat16) {
-    go(BFloat16{}, float{});
-  } else {
-    go(Half{}, float{});
-  }
+  for_type(type, go);
   set_steps(steps, step);
 }
 

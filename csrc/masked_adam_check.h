@@ -28,9 +28,7 @@ inline void check_tensor(const Tensor& param, const Tensor& exp_avg, const Tenso
                          const Tensor* max_exp_avg_sq, const Tensor* master, const Tensor& work) {
   const int64_t entries = exp_avg.numel();
   const ScalarType wide = param.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(
-      work.scalar_type() == ScalarType::Long && work.is_contiguous() && work.dim() == 2 && work.size(1) == 4,
-      "work must be a contiguous int64 table of four columns");
+  check_work(work);
   check_state(exp_avg, "exp_avg", entries, wide);
   check_state(exp_avg_sq, "exp_avg_sq", entries, wide);
   if (max_exp_avg_sq != nullptr) check_state(*max_exp_avg_sq, "max_exp_avg_sq", entries, wide);

@@ -79,4 +79,25 @@ inline void check_stray(int64_t stray) {
   STD_TORCH_CHECK(stray < 0, "row ", stray, " of work leaves the parameter, its state or its index");
 }
 
+inline void check_work(const Tensor& work) {
+  STD_TORCH_CHECK(
+      work.scalar_type() == ScalarType::Long && work.is_contiguous() && work.dim() == 2 && work.size(1) == 4,
+      "work must be a contiguous int64 table of four columns");
+}
+
+// Calls go(element, arithmetic) with values of the types that elements of one of the four kinds have, and are computed
+// in.
+template <typename Go>
+void for_type(ScalarType type, Go&& go) {
+  if (type == ScalarType::Double) {
+    go(double{}, double{});
+  } else if (type == ScalarType::Float) {
+    go(float{}, float{});
+  } else if (type == ScalarType::BFloat16) {
+    go(BFloat16{}, float{});
+  } else {
+    go(Half{}, float{});
+  }
+}
+
 }  // namespace talos

@@ -1,6 +1,7 @@
 """Checks of numbers that several functions share."""
 
 import math
+from decimal import Decimal
 from numbers import Integral
 
 from talos_fast.errors import TalosError
@@ -10,6 +11,11 @@ def check_fraction(name: str, value: float) -> None:
     """Refuses what is no fraction in (0, 1]."""
     if not 0.0 < value <= 1.0:
         raise TalosError(f"{name}={value}: the fraction of entries to keep must be in (0, 1]")
+
+
+def share(fraction: float, total: int) -> int:
+    """⌊fraction · total⌋ of the number as it is written: 0.29 of 100 is 29, not 28, as in binary fractions."""
+    return int(Decimal(repr(float(fraction))) * total)
 
 
 def checked_seed(name: str, value: int) -> int:

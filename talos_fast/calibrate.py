@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos_fast.arguments import checked_seed
+from talos_fast.arguments import checked_seed, share
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Batches, Forward, default_forward, device_of
 from talos_fast.interrupt import interruptible
+from talos_fast.kept import restored
 from talos_fast.mask import Mask, resolve_density
 from talos_fast.random_state import repeatable
 from talos_fast.rounds import Masks, RoundFile, Survivors, data_digest
@@ -124,7 +124,7 @@ def calibrate(
         _damage(parameters, {name: ~kept for name, kept in state.kept.items()}, damage)
         while state.round < rounds:
             number = state.round + 1
-            count = max(1, int(fraction ** (number / rounds) * total))
+            count = max(1, share(fraction ** (number / rounds), total))
             scores = _RoundScores(scorer, state, scores_device)
             bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
             samples = scorer.score(batches, scores.of, seed + number, ranks, bar=bar, stop=interrupted)
@@ -196,7 +196,7 @@ def _judge_zeros(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count
     """Refuses scores that say nothing, and warns of what is selected for other reasons than low sensitivity."""
     zeros = {name: int(((score == 0) & kept[name]).sum()) for name, score in scores.items()}
     total = sum(zeros.values())
-    if first and total == _selected(kept):
+    if first and total == sum(int(mask.sum()) for mask in kept.values()):
         raise TalosError(
             "all sensitivities are zero: the logits do not depend on the maskable parameters, or are so sure of one "
             "class that gradients vanish; check the head and the inputs, or choose estimator='jacobian'"
@@ -214,27 +214,11 @@ def _judge_zeros(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count
         )  # fmt: skip
 
 
-def _selected(masks: Mapping[str, Tensor]) -> int:
-    return sum(int(mask.sum()) for mask in masks.values())
-
-
 def _lowest(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int) -> Masks:
     """Which entries of ``kept`` have the ``count`` lowest scores."""
     competing = {name: score if bool(kept[name].all()) else score[kept[name]] for name, score in scores.items()}
     chosen = select_extreme(competing, count)
     return {name: torch.zeros_like(mask).masked_scatter_(mask, chosen[name]) for name, mask in kept.items()}
-
-
-@contextmanager
-def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Brings back the very bits of the parameters afterwards, whatever happened to them; a copy waits on the CPU."""
-    originals = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(originals[name])
 
 
 @torch.no_grad()

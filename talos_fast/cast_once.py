@@ -32,6 +32,7 @@ class CastOnce(Takeover):
         super().__init__()
         self._dtype = dtype
         self._casts = {t: t.detach().to(dtype) for t in (*_frozen(model), *fixed) if t.dtype is torch.float32}
+        self._versions = {t: _version(t) for t in self._casts}
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The function on cast weights, where autocast would cast them."""
@@ -42,7 +43,14 @@ class CastOnce(Takeover):
             return value
         device = value.device.type
         casts = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is self._dtype
+        if casts and not torch.compiler.is_compiling() and _version(value) != self._versions[value]:
+            self._casts[value], self._versions[value] = value.detach().to(self._dtype), _version(value)
         return self._casts[value] if casts else value
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to, as some modules do to their buffers; of a tensor of inference mode nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _frozen(model: nn.Module) -> dict[Tensor, None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from talos_fast import storage
+from talos_fast import storage, vector_file
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
@@ -36,7 +36,7 @@ class Cells:
         self._memory: dict[str, Any] = {}
         if folder is None:
             return
-        mine = json.loads(json.dumps(identity))
+        mine = json.loads(storage.dumps(identity))
         path = folder / IDENTITY
         theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
         if theirs != mine:
@@ -47,7 +47,7 @@ class Cells:
         storage.write_json(path, mine)
 
     def value(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """JSON."""
+        """A JSON value, made once."""
 
         def load(path: Path) -> dict[str, Any]:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -57,12 +57,12 @@ class Cells:
         return found
 
     def mask(self, name: str, make: Callable[[], Mask]) -> Mask:
-        """A mask."""
+        """A mask, made once."""
         found: Mask = self._get(make, f"{name}.safetensors", lambda path, mask: mask.save(path), Mask.load)
         return found
 
     def vector(self, name: str, make: Callable[[], TaskVector]) -> TaskVector:
-        """A task vector, in a folder of its own."""
+        """A task vector, made once, in a folder of its own."""
 
         def save(path: Path, vector: TaskVector) -> None:
             vector.save_pretrained(path.parent)
@@ -109,4 +109,4 @@ def _differences(name: str, theirs: Any, mine: Any) -> list[str]:
 
 
 def _vector_file(name: str) -> str:
-    return f"{name}/task_vector.safetensors"
+    return f"{name}/{vector_file.FILE}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from talos_fast.delta import SparseDelta, union
 from talos_fast.errors import TalosError
@@ -38,6 +38,8 @@ class Edit:
 
     def __init__(self, target: Target, *directions: Mapping[str, SparseDelta]) -> None:
         tensors = named_tensors(target)
+        if isinstance(target, nn.Module):  # a state dict calls a tied parameter by each of its names
+            tensors |= {name: p.data for name, p in target.named_parameters(remove_duplicate=False)}
         grouped: dict[str, list[tuple[int, SparseDelta]]] = {}
         for number, deltas in enumerate(directions):
             for name, delta in deltas.items():

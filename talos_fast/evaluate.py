@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batches, Forward, checked_logits, default_forward, device_of, to_device
+from talos_fast.kept import modes_kept
 from talos_fast.linear import Linearized, edited
 from talos_fast.task_vector import TaskVector
 
@@ -42,19 +43,15 @@ def evaluate(model: nn.Module, batches: Batches, *, forward: Forward | None = No
         TalosError: no batch, an empty one, labels outside the classes, NaN or infinite logits; names the batch.
     """
     forward = forward or default_forward
-    modes = {module: module.training for module in model.modules()}
     device, total = device_of(model), 0
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    try:
+    with modes_kept(model):
         model.train()  # some models cache in evaluation mode what their parameters were, until they train
         model.eval()
         for index, batch in enumerate(tqdm(batches, "evaluate", disable=None if progress else True, leave=False)):
             logits, labels = checked_logits(forward, model, to_device(batch, device), f"batch {index}")
             correct += (logits.argmax(-1) == labels).sum()
             total += len(labels)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if total == 0:
         raise TalosError("there is no batch to evaluate on; the iterable was empty (an iterator can be read only once)")
     return Accuracy(int(correct) / total, int(correct), total)

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from talos_fast.arguments import checked_seed
-from talos_fast.calibrate import restored
 from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint, require_base
 from talos_fast.forward import Batches, Forward, default_forward, require_plain
-from talos_fast.kept import kept
+from talos_fast.kept import kept, restored
 from talos_fast.mask import Mask
 from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
@@ -115,7 +114,9 @@ def finetune(
     base, start = fingerprint(model), time.perf_counter()
 
     def train(setup: Setup, name: str, folder: Path | None) -> Trainer:
-        identity = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base), **setup.info,
+        trained = digest({key: str(tuple(t.shape)) for key, t in setup.trained.items()})
+        identity = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base),
+                    "compat": "paper", "trained": trained, **setup.info,
                     "mask": None if setup.mask is None else setup.mask.digest()}  # fmt: skip
         checkpoint = None if folder is None else Checkpoint(folder, identity, resume)
         train_mode(model)

@@ -30,7 +30,7 @@ def named_tensors(target: Target | str | Path) -> dict[str, Tensor]:
         TalosError: the checkpoint is missing or cannot be read.
     """
     if isinstance(target, str | Path):
-        target = _read_checkpoint(Path(target))
+        target = read_checkpoint(Path(target))
     if isinstance(target, nn.Module):
         tensors = {name: p.data for name, p in target.named_parameters()}
         saved = target.state_dict(keep_vars=True)
@@ -40,7 +40,12 @@ def named_tensors(target: Target | str | Path) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if t.is_floating_point()}
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Everything in a ``.safetensors`` file, or in a folder's ``model.safetensors``.
+
+    Raises:
+        TalosError: it is missing or cannot be read.
+    """
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():

@@ -75,10 +75,16 @@ def labels_of(batch: Batch, where: str) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
+    """Where the model's first parameter is.
+
+    Raises:
+        TalosError: there is none, or it has no numbers.
+    """
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise TalosError(f"{type(model).__name__} has no parameters")
+    if parameter.is_meta:
+        raise TalosError(f"{type(model).__name__} is on the meta device, without numbers; load its weights first")
     return parameter.device
 
 
@@ -89,8 +95,9 @@ def require_plain(model: nn.Module) -> None:
     Names with a wrapper's prefix would not be those of the base.
 
     Raises:
-        TalosError: names the module.
+        TalosError: names the module; or the model is on the meta device.
     """
+    device_of(model)
     for name, module in model.named_modules():
         where = name or type(model).__name__
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
@@ -132,6 +139,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
         return mapped
 
     return tree_map(apply, batch, is_leaf=lambda node: isinstance(node, Mapping))
+
+
+def differentiable(batch: Batch) -> Batch:
+    """The batch with copies of tensors that were made under `torch.inference_mode`, which autograd refuses."""
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -188,6 +200,15 @@ def judge_logits(facts: list[float], classes: int, where: str) -> None:
         raise TalosError(f"{where}: the logits hold NaN or infinite entries; check the inputs and the learning rate")
 
 
+def check_logits(logits: Tensor, labels: Tensor, where: str) -> None:
+    """Looks at logits (N, K) and labels (N,) of a batch; waits for the device.
+
+    Raises:
+        TalosError: logits that are NaN or infinite, or labels outside the classes; names the batch.
+    """
+    judge_logits(logits_facts(logits.float(), labels).tolist(), logits.shape[1], where)
+
+
 def checked_logits(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and labels (N,) of a batch, looked at; waits for the device.
 
@@ -195,5 +216,5 @@ def checked_logits(forward: Forward, model: nn.Module, batch: Batch, where: str)
         TalosError: logits of another shape, NaN or infinite, or labels outside the classes; names the batch.
     """
     logits, labels = logits_of(forward, model, batch, where)
-    judge_logits(logits_facts(logits.float(), labels).tolist(), logits.shape[1], where)
+    check_logits(logits, labels, where)
     return logits, labels

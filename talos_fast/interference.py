@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.sparse_vector import common
+from talos_fast.markdown import grid
+from talos_fast.sparse_vector import common, require_several
 from talos_fast.stack import stacks
 from talos_fast.task_vector import TaskVector
 
@@ -60,8 +61,7 @@ class Interference:
 
     def __str__(self) -> str:
         """The rows as a Markdown table."""
-        lines = [COLUMNS, ("---",) * len(COLUMNS), *self.rows()]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return grid([COLUMNS, *self.rows()])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON."""
@@ -83,6 +83,7 @@ def interference(
     Example:
         >>> print(talos.interference({"cars": cars, "dtd": dtd}))
     """
+    require_several(vectors)
     chosen = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
     if isinstance(vectors, Mapping):
         names = names or list(vectors)

@@ -1,39 +1,64 @@
-"""`kept`: a model that trains for a while, and is otherwise as it was afterwards."""
+"""What is put back: the modes of a model, its parameters, or all but the parameters that it trained for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from talos_fast.gradient_checkpointing import lean_checkpointing
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module trains or evaluates as before afterwards.
+
+    Through `train`, which some overrule to move weights between two forms, as LoRA layers do; then flag by flag.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            if module.training != training:
+                module.train(training)
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Brings back the very bits of the parameters afterwards, whatever happened to them; a copy waits on the CPU."""
+    originals = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(originals[name])
+
+
+@contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Gradients are on, and there are none of before; afterwards none, and flags, modes and buffers are brought back.
+    """Enables gradients and drops those of before; afterwards drops them again, and restores flags, modes and buffers.
 
     A vector holds parameters only: with buffers that moved base + vector would not be the trained model. Meanwhile
     gradient checkpointing is lean.
     """
     flags = {p: p.requires_grad for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modes for name, buffer in module._buffers.items() if buffer is not None
-    ]  # fmt: skip
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    copies = {buffer: buffer.detach().clone() for _, _, buffer in buffers if buffer is not None}
     for p in flags:
         p.grad = None
     try:
-        with torch.inference_mode(False), torch.enable_grad(), lean_checkpointing(model):
+        with modes_kept(model), torch.inference_mode(False), torch.enable_grad(), lean_checkpointing(model):
             yield
     finally:
         for p, flag in flags.items():
             p.requires_grad_(flag)
             p.grad = None
-        for module, training in modes.items():
-            module.training = training
-        for module, name, buffer, before in buffers:
+        for module, name, buffer in buffers:
             module._buffers[name] = buffer
-            if not torch.equal(buffer, before):
+        for buffer, before in copies.items():
+            if before.layout is not torch.strided or not torch.equal(buffer, before):
                 buffer.data = before  # not copy_: it may have been resized, or be expanded

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from talos_fast.edit import Edit, require_finite
 from talos_fast.errors import TalosError
+from talos_fast.forward import Batch, Forward
 from talos_fast.gradient_checkpointing import is_checkpointed_block
 from talos_fast.tangents import Direction, Tangents
 from talos_fast.task_vector import TaskVector
@@ -43,6 +45,7 @@ class Linearized(nn.Module):
         self._tangents, self._origin = tangents, origin
         self._kept: ExitStack | None = None
         self._open = False
+        self._called = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,7 +65,7 @@ class Linearized(nn.Module):
         Edit(model, vector.deltas)  # checks names and shapes, and writes nothing
         parameters = dict(model.named_parameters())
         tangents = {name: delta.to(parameters[name]) for name, delta in vector.to_dense().items()}
-        return cls(model, lambda: tangents)
+        return cls(model, partial(dict, tangents))  # which can be pickled
 
     def move(self, alpha: float) -> None:
         """Sets α, as `Edit.move` does."""
@@ -82,6 +85,20 @@ class Linearized(nn.Module):
             finally:
                 self._kept = None
 
+    def logits(self, forward: Forward, batch: Batch) -> Tensor:
+        """What the user's ``forward`` makes of it.
+
+        Raises:
+            TalosError: it called another model; not seen where it is compiled.
+        """
+        if torch.compiler.is_compiling():
+            return forward(self, batch)
+        self._called = False
+        logits = forward(self, batch)
+        if not self._called:
+            raise TalosError("forward= did not call the model that it was given, which stands for the linearized one")
+        return logits
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model takes, to f_lin."""
         if self._open:
@@ -89,6 +106,10 @@ class Linearized(nn.Module):
         if torch.compiler.is_compiling():  # which knows no ExitStack; compiled code is not run again
             with self._expanded():
                 return self._evaluated(inputs, named)
+        if torch.is_inference_mode_enabled():  # in which values lose their tangents without a word
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(*inputs, **named)
+        self._called = True
         with ExitStack() as until:
             tangents = until.enter_context(self._expanded())
             output = self._evaluated(inputs, named)
@@ -105,7 +126,7 @@ class Linearized(nn.Module):
                 raise
             raise TalosError(
                 f"the model cannot be linearized: {str(error).partition(' because ')[0].rstrip('.')}; use another "
-                "implementation of it, or a method that is not linear"
+                "implementation of it (of checkpoints use_reentrant=False), or a method that is not linear"
             ) from error
         return tree_map_only(Tensor, self._value, output)
 
@@ -124,6 +145,8 @@ class Linearized(nn.Module):
             for name, p in self.model.named_parameters():
                 start = self._origin[name] if self._origin else p.detach() if p.requires_grad else p
                 direction = directions.get(name)
+                if isinstance(direction, Tensor):
+                    direction = direction.to(start)  # the model may have been moved since
                 held[p] = make_dual(start, direction) if isinstance(direction, Tensor) else start
                 if direction is not None:
                     moves[held[p]] = start, direction

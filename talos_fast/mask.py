@@ -1,6 +1,7 @@
 """`Mask`: for each parameter name, which entries may move."""
 
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from talos_fast import storage
+from talos_fast.arguments import share
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Fingerprint, digest, identify
 from talos_fast.indexing import flat_indices
 from talos_fast.sensitivity.threshold import select_extreme
 
 
-def resolve_density(density: float | None, sparsity: float | None = None, default: float = 0.1) -> float:
-    """The fraction that trains, from either word for it.
+def resolve_density(density: float | None, sparsity: float | None = None) -> float:
+    """The fraction that trains, from either word for it; 0.1 without one.
 
     Raises:
         TalosError: both are given, or the density is outside (0, 1].
@@ -23,8 +25,8 @@ def resolve_density(density: float | None, sparsity: float | None = None, defaul
     if density is not None and sparsity is not None:
         raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
     if sparsity is not None:
-        density = 1.0 - sparsity
-    value = default if density is None else float(density)
+        density = float(1 - Decimal(repr(float(sparsity))))  # 0.1 of 0.9, not 0.09999999999999998
+    value = 0.1 if density is None else float(density)
     if not 0.0 < value <= 1.0:
         raise TalosError(f"density={value}: the fraction of entries that trains must be in (0, 1]")
     return value
@@ -90,11 +92,12 @@ class Mask(Mapping[str, Tensor]):
             raise TalosError(f"scope={scope!r}: choose 'global' or 'per_tensor'")
         if keep not in ("lowest", "highest"):
             raise TalosError(f"keep={keep!r}: choose 'lowest' or 'highest'")
-        groups = [dict(scores)] if scope == "global" else [{name: score} for name, score in scores.items()]
-        selected: dict[str, Tensor] = {}
+        alone = [{name: score} for name, score in scores.items() if score.numel()]
+        groups = alone if scope == "per_tensor" else [dict(scores)]
+        selected = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
         for group in groups:
             total = sum(score.numel() for score in group.values())
-            selected |= select_extreme(group, max(1, int(fraction * total)), keep)
+            selected |= select_extreme(group, max(1, share(fraction, total)), keep)
         return cls(selected, base=base, info={"density": fraction, "scope": scope, "keep": keep, **(info or {})})
 
     def __getitem__(self, name: str) -> Tensor:

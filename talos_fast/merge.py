@@ -13,6 +13,7 @@ from talos_fast.evaluate import Accuracy
 from talos_fast.fingerprint import require_base
 from talos_fast.linear import edited, moved, require_parameters
 from talos_fast.merging import combine
+from talos_fast.sparse_vector import require_several
 from talos_fast.task_vector import TaskVector
 
 Evaluate = Callable[[nn.Module], float | Accuracy]
@@ -147,6 +148,7 @@ def search_alpha(
     """
     evaluators = [evaluate] if callable(evaluate) else list(evaluate)
     alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
+    require_several(vectors)
     if len(evaluators) != len(vectors):
         raise TalosError(f"{len(evaluators)} evaluators for {len(vectors)} task vectors; give one a vector")
     if not alphas:
@@ -207,7 +209,7 @@ def _alone(base: nn.Module, vector: TaskVector, judge: Evaluate) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return math.fsum(values) / len(values)  # exact sums, so that ties are ties in whatever order tasks come
 
 
 def _add(trials: Sequence[Trial]) -> tuple[Trial, str]:

@@ -1,14 +1,14 @@
 """A study as a table for the terminal, as Markdown, and as JSON."""
 
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from talos_fast.environment import environment
+from talos_fast.markdown import grid
 from talos_fast.study import MethodResult, StudyResult
-from talos_fast.version import __version__
 
 COLUMNS_MEANING = (
     "single: each task with its own vector; added, norm.: all vectors added with α, absolute and over single; "
@@ -58,8 +58,7 @@ def _row(result: MethodResult) -> tuple[str, ...]:
 
 def markdown(result: StudyResult) -> str:
     """The table as Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(result)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return grid([COLUMNS, *rows(result)]) + "\n"
 
 
 def task_rows(result: StudyResult) -> list[tuple[str, ...]]:
@@ -74,14 +73,10 @@ def task_rows(result: StudyResult) -> list[tuple[str, ...]]:
     return table
 
 
-def to_json(result: StudyResult) -> dict[str, Any]:
-    """Everything that was measured, with the machine and the versions."""
+def to_json(result: StudyResult, device: torch.device) -> dict[str, Any]:
+    """Everything that was measured, with the machine, the versions and the date."""
     return {
-        "talos_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
+        **environment(device),
         "plan": asdict(result.plan),
         "zero_shot": result.zero_shot,
         "zero_shot_control": result.zero_shot_control,

@@ -18,7 +18,7 @@ class SparseVector:
     """A vector over the parameters of one base model: sparse from end to end, linear, and knows its base.
 
     Attributes:
-        deltas: name -> the change of that parameter.
+        deltas: name -> the change of that parameter, of those that moved.
         base: fingerprint of the model that it changes; empty if unknown.
         info: provenance (JSON).
     """
@@ -41,7 +41,8 @@ class SparseVector:
         return vector
 
     def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
-        self.deltas, self.base, self.info = dict(deltas), dict(base), dict(info or {})
+        self.deltas = {name: delta for name, delta in deltas.items() if len(delta.values)}
+        self.base, self.info = dict(base), dict(info or {})
 
     def __add__(self, other: Self) -> Self:
         if not isinstance(other, SparseVector):
@@ -100,7 +101,7 @@ class SparseVector:
             if tuple(mask[name].shape) != delta.shape:
                 raise TalosError(f"{name!r}: the mask has shape {tuple(mask[name].shape)}, the vector {delta.shape}")
             kept[name] = delta.select(gather(mask[name], delta.indices))
-        return self.from_deltas({name: d for name, d in kept.items() if len(d.values)}, base=self.base, info=self.info)
+        return self.from_deltas(kept, base=self.base, info=self.info)
 
     def dot(self, other: "SparseVector") -> float:
         """The inner product of the two deltas."""
@@ -160,6 +161,16 @@ class SparseVector:
     def nbytes(self) -> int:
         """Bytes of the tensors in the file that `save_pretrained` writes."""
         return sum(delta.nbytes for delta in self.deltas.values())
+
+
+def require_several(vectors: object) -> None:
+    """Refuses one vector where several are taken: it is a collection too, of its tensors.
+
+    Raises:
+        TalosError: it is one vector.
+    """
+    if isinstance(vectors, SparseVector):
+        raise TalosError("vectors: found one task vector; give a list, such as [vector]")
 
 
 def common(vectors: Sequence[SparseVector]) -> tuple[Fingerprint, dict[str, Any]]:

@@ -55,6 +55,11 @@ def _stack(shape: tuple[int, ...], rows: Sequence[SparseDelta | None], indices: 
     return Stack(shape, indices, values)
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum of the changes, (T, U) -> (U,)."""
+    return values.sum(dim=0)
+
+
 def entrywise(vectors: Sequence[TaskVector], rule: Callable[[Tensor], Tensor]) -> TaskVector:
     """The vector whose entries are ``rule`` of the entries of several vectors; entries that become zero are left out.
 
@@ -69,7 +74,5 @@ def entrywise(vectors: Sequence[TaskVector], rule: Callable[[Tensor], Tensor]) -
     base, info = common(vectors)
     for name, stack in stacks(vectors):
         merged = rule(stack.values)
-        delta = SparseDelta(stack.shape, merged, stack.indices).select(merged != 0)
-        if len(delta.values):
-            deltas[name] = delta
+        deltas[name] = SparseDelta(stack.shape, merged, stack.indices).select(merged != 0)
     return TaskVector.from_deltas(deltas, base=base, info=info)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, judge_logits, logits_facts, logits_of, to_device
+from talos_fast.forward import Batch, differentiable, judge_logits, logits_facts, logits_of, to_device
 from talos_fast.methods import Setup
-from talos_fast.optim import MaskedAdam
 from talos_fast.watch import Watch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -82,13 +82,15 @@ class Step:
 
     def forward_loss(self, batch: Batch, where: str) -> Tensor:
         """The scalar loss of a batch; ``where`` names it in errors."""
-        batch = to_device(batch, self.device)
+        batch = differentiable(to_device(batch, self.device))
         with self._autocast:
             logits, labels = logits_of(self._setup.forward, self._model, batch, where)
             classes = logits.shape[1]
             wide = logits if logits.dtype == torch.float64 else logits.float()
             # A label out of range is reported below; it must not stop the device before that.
             loss = self._loss(wide, labels.clamp(0, classes - 1))
+        if loss.dim():
+            raise TalosError(f"{where}: the loss has shape {tuple(loss.shape)}; give one that is a number")
         self.last_loss = loss.detach()
         facts = torch.cat([logits_facts(wide.detach(), labels), self.last_loss.reshape(1)])
         low, high, finite, value = facts
@@ -100,25 +102,23 @@ class Step:
                 raise TalosError(f"{where}: the loss is {found[3]}; the step was not taken")
 
         self.watch.note(facts, ~sound, judge)
+        if not loss.requires_grad:
+            raise TalosError(
+                f"{where}: the loss depends on nothing that trains; the forward does not use it, or runs it in a "
+                "reentrant checkpoint, where use_reentrant=False is needed"
+            )
         return loss
 
     def backward(self, batch: Batch, where: str) -> None:
         """Adds the gradients of one batch."""
         with self._casts, self._setup.around():
             loss = self.forward_loss(batch, where)
-            if not loss.requires_grad:
-                raise TalosError(
-                    f"{where}: the loss depends on nothing that trains; the forward does not use what the mask selects"
-                )
             (loss / self._accumulate if self._accumulate > 1 else loss).backward()
 
     def clip(self, where: str, then: Callable[[], None] | None = None) -> None:
         """Brings the norm of all gradients below the limit; ``then`` is called when the step is known to be good."""
-        optimizer = self._setup.optimizer
-        if isinstance(optimizer, MaskedAdam):
-            norm = optimizer.clip_grad_norm_(self._clip, entries="selected")
-        else:
-            norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        limit = self._setup.clip or partial(nn.utils.clip_grad_norm_, self._parameters)
+        norm = limit(self._clip)
 
         def judge(found: list[float]) -> None:
             if not math.isfinite(found[0]):

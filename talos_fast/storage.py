@@ -125,11 +125,15 @@ def atomic(path: Path) -> Iterator[Path]:
             Path(temporary).unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, atomically."""
-    text = _json(path, content, indent=2)
-    with atomic(path) as temporary:
-        temporary.write_text(text + "\n")
+    write_text(path, _json(path, content, indent=2) + "\n")
 
 
 def dumps(content: Any, indent: int | None = None) -> str:
@@ -163,7 +167,7 @@ def write(path: Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping
 
     Args:
         path: where; its folder is made.
-        kind: "mask", "delta" or "replace".
+        kind: of what: "mask", "delta", "replace" or "checkpoint".
         tensors: on the CPU.
         content: what `read` gives back, JSON.
     """

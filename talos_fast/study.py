@@ -18,6 +18,7 @@ from talos_fast.study_plan import Plan as Plan
 from talos_fast.study_plan import StudyResult as StudyResult
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
+from talos_fast.tasks.base import check_names
 
 
 class Study:
@@ -41,8 +42,9 @@ class Study:
     ) -> None:  # fmt: skip
         self._tasks, self._control, self._stand_in = list(tasks), control, stand_in
         self._plan, self._cells = plan, cells or Cells()
-        everything = {task.name: task for task in (*tasks, control, stand_in) if task is not None}
-        self._examiner = Examiner(backbone, everything.values(), plan)
+        everything = {id(task): task for task in (*tasks, control, stand_in) if task is not None}.values()
+        check_names([task.name for task in everything])
+        self._examiner = Examiner(backbone, everything, plan)
         self._learner = Learner(backbone, self._tasks, plan, self._examiner, self._cells, recipes or {}, progress)
         self._nothing = TaskVector.from_deltas({})
 
@@ -100,16 +102,16 @@ class Study:
             row.target[task.name], row.control[task.name] = found["target"], found["control"]
         return row
 
-    def rival(self, merging: str, learned: str = "nonlinear") -> dict[str, Any]:
-        """A row of a post-hoc merging method (`talos_fast.merging`) on the vectors of a method; addition only."""
+    def rival(self, merging: str) -> dict[str, Any]:
+        """A row of a post-hoc merging method (`talos_fast.merging`) on the vectors of "nonlinear"; addition only."""
 
         def make() -> dict[str, Any]:
-            row, vectors = self.learn(learned)
-            row.single, row.method = self.row(learned)["single"], f"{learned}+{merging}"
+            row, vectors = self.learn("nonlinear")
+            row.single, row.method = self.row("nonlinear")["single"], f"nonlinear+{merging}"
             self._add(row, vectors, combine(list(vectors.values()), method=merging))
             return row.to_json()
 
-        return self._cells.value(f"{learned}+{merging}/result", make)
+        return self._cells.value(f"nonlinear+{merging}/result", make)
 
     def classifier(self, task: Task) -> Classifier:
         """The shared encoder with the head of a task."""

@@ -5,9 +5,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from talos_fast.calibrate import calibrate, restored
+from talos_fast.calibrate import calibrate
 from talos_fast.cells import Cells
 from talos_fast.finetune import finetune
+from talos_fast.kept import restored
 from talos_fast.mask import Mask
 from talos_fast.models import Backbone
 from talos_fast.study_examiner import Examiner

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from talos_fast import report, storage
 from talos_fast.cells import Cells
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
+from talos_fast.forward import device_of
 from talos_fast.merging import METHODS as MERGINGS
 from talos_fast.methods import METHODS, get_method
 from talos_fast.models import Backbone
 from talos_fast.study import Study
 from talos_fast.study_plan import MethodResult, Plan, StudyResult
 from talos_fast.tasks import Split, Task
+from talos_fast.tasks.base import check_names
 
 RATES = {
     "nonlinear": (1e-5, 3e-5), "linearized": (3e-5, 1e-4), "l-lora": (3e-4, 1e-3), "lota": (3e-5, 1e-4),
@@ -49,8 +52,9 @@ class Suite:
         names = [task.name for task in [*self.tasks, *([self.control] if self.control else [])]]
         if not self.tasks:
             raise TalosError("there is no task to run; give at least one")
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise TalosError(f"two tasks are called {repeated[0]!r}; results are kept by name: rename one folder")
+        check_names(names)
+        if "consensus" in self.mergings and len(self.tasks) < 2:
+            raise TalosError("merging 'consensus' takes what two tasks agree on; give two or more, or leave it out")
         if unknown := sorted(set(self.mergings) - MERGINGS.keys()):
             raise TalosError(f"merging {unknown[0]!r}: choose from {', '.join(MERGINGS)}")
         if self.mergings and "nonlinear" not in self.plan.learning_rates:
@@ -121,7 +125,7 @@ def run_suite(
     jobs += [partial(study.rival, merging) for merging in suite.mergings]
     for job in jobs:
         result.methods.append(MethodResult.from_json(job()))
-        _write(result, out)
+        _write(result, device_of(backbone.encoder), out)
         if finished is not None:
             finished(result)
     return result
@@ -140,10 +144,9 @@ def _keep_rates(cells: Cells, plan: Plan) -> None:
             )
 
 
-def _write(result: StudyResult, out: Path) -> None:
-    with storage.atomic(out / "table.md") as temporary:
-        temporary.write_text(report.markdown(result), encoding="utf-8")
-    storage.write_json(out / "report.json", report.to_json(result))
+def _write(result: StudyResult, device: torch.device, out: Path) -> None:
+    storage.write_text(out / "table.md", report.markdown(result))
+    storage.write_json(out / "report.json", report.to_json(result, device))
 
 
 def task_digest(task: Task) -> str:

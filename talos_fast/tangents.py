@@ -79,7 +79,7 @@ class Tangents(Takeover):
     def __init__(self, moves: Mapping[Tensor, tuple[Tensor, Direction]]) -> None:
         super().__init__()
         self.again = False
-        self._moves = moves
+        self._moves, self._hooks = moves, _save_hooks()
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """One of the functions, on duals."""
@@ -101,6 +101,8 @@ class Tangents(Takeover):
     ) -> Any:
         """See the class."""
         kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():  # gradient checkpointing puts hooks where tensors are saved
+            self.again = self.again or _save_hooks() != self._hooks
         known = func in self.functions or func is F.multi_head_attention_forward or func.__name__ == "__get__"
         if not known and self._concerns((*args, *kwargs.values())):
             args, kwargs = tree_map_only(Tensor, self._dense, (args, kwargs))
@@ -127,8 +129,6 @@ class Tangents(Takeover):
             found: Tensor = func(a, b) if func in MATMUL else func(a, b, c, *rest, **options)
             return found
 
-        if not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            self.again = True  # gradient checkpointing puts hooks where tensors are saved
         (x, dx), (w, dw) = _split(input), self._split(weight)
         b, db = self._dense_split(bias)
         output, tangent = product(x, w, b), None if dx is None else product(dx, w)
@@ -166,6 +166,11 @@ class Tangents(Takeover):
     def _dense_split(self, tensor: Tensor | None) -> tuple[Any, Tensor | None]:
         value, direction = (None, None) if tensor is None else self._split(tensor)
         return value, direction.dense() if isinstance(direction, LowRank) else direction
+
+
+def _save_hooks() -> object:
+    """What is called with tensors that are saved for the backward pass."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _dual(value: Tensor, tangent: Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ class TaskVector(
             )
         deltas = {name: SparseDelta.between(name, base[name], tuned[name]) for name in base}
         identity = fingerprint(base if isinstance(pretrained, str | Path) else pretrained)
-        self._set({name: d for name, d in deltas.items() if len(d.values)}, identity, info)
+        self._set(deltas, identity, info)
 
     def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
         super()._set(deltas, base, info)
@@ -130,9 +130,10 @@ class TaskVector(
             **hub_options: as `huggingface_hub.ModelHubMixin.save_pretrained` (``repo_id``, ``push_to_hub``, …).
 
         Raises:
-            TalosError: the folder cannot be written (the old files are untouched); "replace" without the base, or of a
-                vector that was scaled or summed and would be rounded.
+            TalosError: the folder holds a model, or cannot be written (the old files are untouched); "replace" without
+                the base, or of a vector that was scaled or summed and would be rounded.
         """
+        vector_file.require_free(Path(save_directory))
         self._encoding = (kind, base)
         try:
             return super().save_pretrained(save_directory, **hub_options)

@@ -104,6 +104,7 @@ class Trainer:
         """
         with seeded(self._recipe.seed, self._step.device):
             self._random = RandomState(self._batches, self._step.device)
+            self._random.seed_own(self._recipe.seed)
             resumed = self._resume()
             if self._progress.position.step >= self._recipe.steps:
                 # What comes next goes on as after a run that was not interrupted.

@@ -1,7 +1,7 @@
 """Task vectors on disk: one safetensors file that says everything, and a JSON beside it for people and tools."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ def save(
     """Writes the vector and its config; with ``replace_from`` (the base) the trained entries instead of deltas."""
     kind = "delta" if replace_from is None else "replace"
     tensors: dict[str, Tensor] = {}
+    if replace_from is not None:
+        _require_names(deltas, replace_from, folder)
     for name, delta in deltas.items():
         tensors |= storage.pack_selection(name, delta.indices, delta.numel)
         if replace_from is not None:
@@ -54,6 +56,16 @@ def save(
     storage.write_json(folder / CONFIG, summary)
 
 
+def require_free(folder: Path) -> None:
+    """Refuses a folder that holds a model: huggingface_hub would delete its ``config.json``, merge replace its weights.
+
+    Raises:
+        TalosError: there is one.
+    """
+    if (folder / "config.json").exists():
+        raise TalosError(f"{folder}: holds a model (config.json), which would lose files; give another folder")
+
+
 def locate(
     id_or_path: str,
     *,
@@ -69,6 +81,8 @@ def locate(
     """
     if Path(id_or_path).is_dir():
         return Path(id_or_path) / FILE
+    if Path(id_or_path).is_file():
+        return Path(id_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", id_or_path):
         raise TalosError(f"{id_or_path}: no such folder; give what save_pretrained wrote, or a repository as user/name")
     try:
@@ -99,6 +113,7 @@ def load(
         if base_tensors is None:
             raise TalosError(f"{path}: holds trained entries (kind 'replace'); pass base= to get a delta")
         require_base(content["base"], base_tensors, str(path))
+        _require_names(content["shapes"], base_tensors, path)
     deltas = {}
     for name, shape in content["shapes"].items():
         numel = torch.Size(shape).numel()
@@ -111,6 +126,13 @@ def load(
         else:
             deltas[name] = SparseDelta(tuple(shape), values, indices, _rest(name, tensors, values))
     return deltas, content["base"], content["info"]
+
+
+def _require_names(names: Iterable[str], base: Mapping[str, Tensor], path: Path) -> None:
+    for name in names:
+        if name not in base:
+            known = next(iter(base), None)
+            raise TalosError(f"{path}: the vector moves {name!r}, which base= lacks; its names are like {known!r}")
 
 
 def _trained(name: str, delta: SparseDelta, base: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_abi import library
 
-from talos_fast import ops
+from talos_fast.sensitivity.accumulate import accumulate_squared_per_sample_
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulated AMX")
@@ -162,7 +162,7 @@ def may_use_amx():
 def test_the_operator_takes_amx_exactly_where_it_may(twin):
     library("_C")
     inputs, grads = operands(1, 70, 100, 90)
-    scores = ops.accumulate_squared_per_sample_(torch.zeros(100, 90), inputs, grads)
+    scores = accumulate_squared_per_sample_(torch.zeros(100, 90), inputs, grads)
     by_amx = run(twin, torch.zeros(100, 90), inputs, grads)
     torch.testing.assert_close(scores, by_amx, rtol=1e-4, atol=1e-6 * float(by_amx.max()))
     assert torch.equal(scores, by_amx) == may_use_amx()  # other instructions sum in another order

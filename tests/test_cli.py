@@ -156,6 +156,17 @@ def test_vectors_of_linearized_models(run, place):
     assert code == 2 and "of a linearized model (method l-lora)" in err and not (place / "nowhere").exists()
 
 
+def test_tables_are_as_wide_as_they_must_be_and_names_are_no_markup(run, place, monkeypatch):
+    """Nothing is cut off, in a pipe of 80 columns or of 20."""
+    for name in ("a[red]", "[bold]b"):
+        TaskVector.from_pretrained(place / "alien.vector").save_pretrained(place / name)
+    for columns in ("80", "20"):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = made(run, "interference a[red] [bold]b")
+        assert "a[red], [bold]b" in out and "…" not in out
+        assert "…" not in made(run, "inspect alien.vector")
+
+
 def test_a_config_file_gives_defaults_and_flags_win(run, place):
     (place / "c.yaml").write_text("model: hf:bert\ndata: words.jsonl.gz\ndensity: 0.2\nout: c.safetensors\nrounds: 1\n")
     made(run, "calibrate --config c.yaml -q --density 0.5")
@@ -201,6 +212,9 @@ def test_a_config_file_gives_defaults_and_flags_win(run, place):
     ("evaluate --model tiny --data demo:shapes --alpha 0.5", "--alpha means nothing without --add"),
     ("merge --model hf:bert --add bert", "task_vector.safetensors: no such file"),
     ("inspect none", "none: no such file"),
+    ("finetune --model hf:bert --data words.jsonl.gz --method nonlinear --out bert", "bert: holds a model"),
+    ("merge --model tiny --add alien.vector --out bert", "bert: holds a model"),
+    ("evaluate --model tiny --data demo:shapes --data demo:shapes", "two tasks are called 'shapes'"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_code_two(run, line, said):
     code, _, err = run(line)

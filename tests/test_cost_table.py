@@ -114,7 +114,7 @@ def test_the_readme_shows_the_committed_summary():
 def test_the_readme_says_of_memory_and_compiling_what_was_measured():
     contents = {content["model"]: content for content in render.load(RESULTS)}
     above = [show.short(contents[model], "talos", "eager", "above the model") for model in MODELS]
-    assert "to the model `talos` adds {}, {} and {}.".format(*above) in cost()
+    assert "`talos` adds to the model is {}, {} and {} of".format(*above) in cost()
     taken = {}
     for method in ("nonlinear", "talos"):
         for variant in ("eager", "compiled"):

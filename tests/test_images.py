@@ -7,6 +7,7 @@ from PIL import Image
 
 from talos_fast.errors import TalosError
 from talos_fast.models import ImagePreprocess
+from talos_fast.models.images import read_image
 
 GREY_LEVELS = 2.01 / 255
 
@@ -72,3 +73,22 @@ def test_config_of_open_clip():
     assert plain.size == (64, 64) and plain.mean[0] == pytest.approx(0.48145466)
     full = ImagePreprocess.from_config({"size": (32, 48), "mean": (0.5,) * 3, "resize_mode": "squash"})
     assert full.size == (32, 48) and full.resize_mode == "squash" and full.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_of_grey_are_scaled_not_cut_off(tmp_path, suffix):
+    ramp = np.linspace(0, 65535, 256 * 16).astype(np.uint16).reshape(256, 16)
+    Image.fromarray(ramp).save(tmp_path / f"grey.{suffix}")
+    pixels = read_image(tmp_path / f"grey.{suffix}")
+    assert pixels.shape == (256, 16, 3) and pixels.dtype == np.uint8
+    assert np.array_equal(pixels[..., 0], (ramp >> 8).astype(np.uint8))
+
+
+def test_grey_of_no_known_white_and_bombs_are_refused(tmp_path, monkeypatch):
+    Image.fromarray(np.random.rand(4, 4).astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(TalosError, match="mode F: grey levels of 32 bits have no known white"):
+        read_image(tmp_path / "float.tiff")
+    Image.new("L", (100, 100)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(TalosError, match="large.png: not a whole picture"):
+        read_image(tmp_path / "large.png")

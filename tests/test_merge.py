@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from talos_fast import TalosError, TaskVector, merge, search_alpha
+from talos_fast import TalosError, TaskVector, interference, merge, search_alpha
 from talos_fast.edit import Edit
-from talos_fast.merge import AlphaSearch
+from talos_fast.merge import AlphaSearch, choose_alpha
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -177,3 +177,20 @@ def test_refusals(base):
     with pytest.raises(TalosError, match="no alpha of the grid keeps the control"):
         worse = iter([0.9, 0.1])
         search_alpha(base, [vector], evaluate=lambda m: 0.5, control=lambda m: next(worse), grid=[0.5])
+
+
+def test_one_vector_is_no_list_of_vectors(base):
+    vector = TaskVector(base, tuned(base, 1))
+    for call in (
+        lambda: merge(base, vector),
+        lambda: search_alpha(base, vector, evaluate=lambda model: 1.0),
+        lambda: interference(vector),
+    ):
+        with pytest.raises(TalosError, match="give a list"):
+            call()
+
+
+def test_means_that_are_equal_are_ties_in_whatever_order_the_tasks_come():
+    accuracies = [(0.3, 0.2, 0.1), (0.1, 0.2, 0.3)]
+    assert sum(accuracies[1]) > sum(accuracies[0])  # by rounding alone
+    assert choose_alpha([0.1, 0.2], accuracies, [None, None], (1.0, 1.0, 1.0), None).alpha == 0.1

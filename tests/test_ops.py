@@ -6,14 +6,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from squares import DTYPES, exact, kernel, problem, tolerance
 
-from talos_fast import ops
+from talos_fast.sensitivity.accumulate import (
+    accumulate_squared_by_matmul,
+    accumulate_squared_per_sample_,
+    accumulate_squared_per_sample_reference,
+)
 
 ONCE = dict(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize(
-    "run", [ops.accumulate_squared_per_sample_, kernel, ops.accumulate_squared_per_sample_reference]
-)
+@pytest.mark.parametrize("run", [accumulate_squared_per_sample_, kernel, accumulate_squared_per_sample_reference])
 @settings(**ONCE)
 @given(
     samples=st.integers(0, 4), tokens=st.integers(0, 20), outs=st.integers(0, 110), ins=st.integers(0, 70),
@@ -111,7 +113,7 @@ def test_precision_rounds_the_operands_without_overflow_or_underflow(device, pre
     inputs, scores = inputs * magnitude, scores * 0
     want, magnitudes = exact(scores, inputs, grads), torch.einsum("nto,nti->noi", grads.abs(), inputs.abs()).double()
     products = torch.einsum("nto,nti->noi", grads.double(), inputs.double()).abs()
-    ops.accumulate_squared_per_sample_(scores.requires_grad_(False), inputs, grads, precision=precision)
+    accumulate_squared_per_sample_(scores.requires_grad_(False), inputs, grads, precision=precision)
     off = 1.1 * ulp * magnitudes  # both operands are off by half an ulp
     bound = (2 * products * off + off.square()).sum(0) + 1e-44  # fp32 scores of 1e-50 are zero
     assert ((scores.double() - want).abs() <= bound).all()
@@ -120,9 +122,9 @@ def test_precision_rounds_the_operands_without_overflow_or_underflow(device, pre
 
 def test_precision_of_nothing_and_of_zeros(device):
     scores = torch.ones(2, 3, device=device)
-    ops.accumulate_squared_per_sample_(scores, torch.zeros(0, 4, 3, device=device),
+    accumulate_squared_per_sample_(scores, torch.zeros(0, 4, 3, device=device),
                                        torch.zeros(0, 4, 2, device=device), precision=torch.float16)  # fmt: skip
-    ops.accumulate_squared_per_sample_(scores, torch.zeros(1, 4, 3, device=device),
+    accumulate_squared_per_sample_(scores, torch.zeros(1, 4, 3, device=device),
                                        torch.ones(1, 4, 2, device=device), precision=torch.float16)  # fmt: skip
     assert (scores == 1).all()
 
@@ -133,12 +135,12 @@ def test_matmul_of_tiny_shapes(device, tokens, dtype):
     scores, inputs, grads = problem(3, tokens, 5, 4, dtype, torch.float32, device)
     before, want = scores.double().clone(), exact(scores, inputs, grads)
     with torch.autocast(device, torch.bfloat16):  # must not reach the products
-        ops.accumulate_squared_by_matmul(scores, inputs, grads, torch.tensor(0.5, device=device))
+        accumulate_squared_by_matmul(scores, inputs, grads, torch.tensor(0.5, device=device))
     torch.testing.assert_close(scores.double(), before + 0.5 * (want - before), **tolerance(scores, inputs))
 
 
 @pytest.mark.parametrize("run", [torch.ops.talos_fast.accumulate_squared_per_sample_,
-                                 ops.accumulate_squared_per_sample_reference])  # fmt: skip
+                                 accumulate_squared_per_sample_reference])  # fmt: skip
 @pytest.mark.parametrize("score_dtype", DTYPES[:2], ids=str)
 def test_scale_multiplies_squares(run, device, score_dtype):
     scores, inputs, grads = problem(3, 6, 50, 40, score_dtype, score_dtype, device)
@@ -163,7 +165,7 @@ def test_leaves_its_inputs_alone(device):
 )
 def test_the_cuda_kernel_equals_the_reference(shape, dtype):
     scores, inputs, grads = problem(*shape, dtype, torch.float32, "cuda")
-    want = ops.accumulate_squared_per_sample_reference(scores.double(), inputs, grads)
+    want = accumulate_squared_per_sample_reference(scores.double(), inputs, grads)
     again = kernel(scores.clone(), inputs, grads)
     torch.testing.assert_close(kernel(scores, inputs, grads).double(), want, **tolerance(scores, inputs))
     assert torch.equal(scores, again)

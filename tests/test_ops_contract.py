@@ -4,8 +4,11 @@ import pytest
 import torch
 from squares import DTYPES, exact, problem
 
-from talos_fast import ops
 from talos_fast.errors import TalosError
+from talos_fast.sensitivity.accumulate import (
+    accumulate_squared_per_sample_,
+    accumulate_squared_per_sample_reference,
+)
 
 BAD = {
     "scores must be \\(outs, ins\\)": lambda s, x, g: (s[0], x, g),
@@ -25,7 +28,7 @@ MISFITS = [
 
 
 @pytest.mark.parametrize("text", BAD)
-@pytest.mark.parametrize("run", [ops.accumulate_squared_per_sample_, ops.accumulate_squared_per_sample_reference])
+@pytest.mark.parametrize("run", [accumulate_squared_per_sample_, accumulate_squared_per_sample_reference])
 def test_says_what_is_wrong(run, text):
     with pytest.raises(TalosError, match=text):
         run(*BAD[text](*problem(2, 3, 4, 5)))
@@ -34,13 +37,13 @@ def test_says_what_is_wrong(run, text):
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_says_which_shapes_do_not_fit(misfit):
     with pytest.raises(TalosError, match=r"do not fit: they must be \(outs, ins\)"):
-        ops.accumulate_squared_per_sample_(*misfit(*problem(2, 3, 4, 5)))
+        accumulate_squared_per_sample_(*misfit(*problem(2, 3, 4, 5)))
 
 
 def test_says_that_devices_differ():
     scores, inputs, grads = problem(2, 3, 4, 5)
     with pytest.raises(TalosError, match="must be on one device"):
-        ops.accumulate_squared_per_sample_(scores, inputs.to("meta"), grads)
+        accumulate_squared_per_sample_(scores, inputs.to("meta"), grads)
 
 
 @pytest.mark.parametrize("make", [*BAD.values(), *MISFITS])
@@ -61,7 +64,7 @@ def test_opcheck(device, dtype):
 
 def test_compiles_without_a_graph_break(device):
     def double_then_accumulate(scores, inputs, grads):
-        return ops.accumulate_squared_per_sample_(scores, inputs * 2, grads)
+        return accumulate_squared_per_sample_(scores, inputs * 2, grads)
 
     scores, inputs, grads = problem(2, 3, 4, 5, device=device)
     want = exact(scores, inputs * 2, grads)
@@ -73,7 +76,7 @@ def test_compiles_without_a_graph_break(device):
 def test_says_what_a_scale_must_be(scale):
     arguments = problem(2, 3, 4, 5)
     with pytest.raises(TalosError, match="scale must be one number of torch.float32 on cpu"):
-        ops.accumulate_squared_per_sample_reference(*arguments, scale)
+        accumulate_squared_per_sample_reference(*arguments, scale)
     with pytest.raises((RuntimeError, TalosError), match="scale must be one number"):
         torch.ops.talos_fast.accumulate_squared_per_sample_(*arguments, scale)
 
@@ -82,4 +85,4 @@ def test_says_which_precisions_there_are():
     with pytest.raises(
         TalosError, match="precision must be torch.bfloat16, torch.float16 or None, but is torch.float32"
     ):
-        ops.accumulate_squared_per_sample_(*problem(2, 3, 4, 5), precision=torch.float32)
+        accumulate_squared_per_sample_(*problem(2, 3, 4, 5), precision=torch.float32)

@@ -276,3 +276,188 @@ def test_what_a_model_caches_in_evaluation_mode_has_its_gradient():
         model[1].biases.mul_(-100)
         stale, labels = model(x).argmax(-1), copy.deepcopy(model).train()(x).argmax(-1)
     assert not torch.equal(stale, labels) and evaluate(model, [(x, labels)]).value == 1.0
+
+
+class Packed(nn.Module):
+    """Samples of several lengths in one axis of rows, packed and taken apart again in one of the usual ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.out, self.how = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4), how
+
+    def forward(self, x, lengths):
+        return self.out(getattr(self, self.how)(x, lengths))
+
+    def made(self, rows):
+        return self.norm(self.first(rows).tanh())
+
+    def cat(self, x, lengths):
+        counts = lengths.tolist()
+        rows = self.made(torch.cat([one[:n] for one, n in zip(x, counts, strict=True)]))
+        return torch.stack([part.sum(0) for part in rows.split(counts)])
+
+    def sequence(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        whole, _ = nn.utils.rnn.pad_packed_sequence(packed._replace(data=self.made(packed.data)), batch_first=True)
+        return whole.sum(1)
+
+    def argwhere(self, x, lengths):
+        n, t = torch.argwhere(torch.arange(x.shape[1]) < lengths[:, None]).T
+        return torch.zeros_like(x).index_put((n, t), self.made(x[n, t])).sum(1)
+
+    def repeated(self, x, lengths):
+        n = torch.repeat_interleave(torch.arange(len(x)), lengths)
+        t = torch.cat([torch.arange(count) for count in lengths])
+        return torch.zeros(len(x), 6, dtype=x.dtype).index_add(0, n, self.made(x[n, t]))
+
+
+@pytest.mark.parametrize("how", ["cat", "sequence", "argwhere", "repeated"])
+@pytest.mark.parametrize("batches", [[[4, 4, 3, 1]], [[4, 4, 4], [6, 4, 2], [5, 4, 3]]])
+def test_samples_that_are_packed_by_their_lengths(how, batches):
+    """Of equal lengths at first, so that their rows could be taken for those of all batches."""
+    model, total = randomized(Packed(how)), {}
+    given = []
+    for lengths in batches:
+        x, y = torch.randn(len(lengths), 6, 6).double(), torch.arange(len(lengths)) % 4
+        batch = {"x": x, "lengths": torch.tensor(lengths), "labels": y}
+        given.append(batch)
+        for name, score in by_loop(model, lambda m, b: m(b["x"], b["lengths"]), batch, y).items():
+            total[name] = total.get(name, 0) + score
+    found = sensitivities(model, given, labels=[b["labels"] for b in given], estimator="sampled-logit", include=["*"])
+    assert_equal(found, total)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_an_output_that_is_a_view_may_be_written_to(samples, caplog):
+    """As Longformer scales its queries; one sample alone loses the place that a hook is put on."""
+
+    def scaled(layer, x):
+        rows = layer(x.transpose(0, 1))
+        rows *= 0.5
+        return rows.transpose(0, 1).tanh()
+
+    model, batch = randomized(Net(scaled)), data(samples, 3, 6)
+    assert_equal(scores(model, batch), expected(model, batch))
+    assert not uncovered(caplog)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_what_is_not_led_by_samples_is_not_cut(size, monkeypatch):
+    """Two samples are examined, and `torch.func` gets chunks of some: what is as long as those is no row a sample."""
+    monkeypatch.setattr("talos_fast.sensitivity.per_sample.CHUNK_ENTRIES", 3 * 36)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.out = nn.Parameter(torch.randn(6, 6)), nn.Linear(6, 4)
+
+        def forward(self, x, shift):
+            return self.out(torch.einsum("ni,oi->no", x, self.weight).tanh() + shift.sum())
+
+    model, (x, y) = randomized(Scaled()), data(8, 6)
+    batch = {"x": x, "shift": torch.randn(size).double(), "labels": y}
+    found = sensitivities(model, [batch], labels=[y], estimator="sampled-logit", include=["*"])
+    assert_equal(found, by_loop(model, lambda m, b: m(b["x"], b["shift"]), batch, y))
+
+
+class Folding(nn.Linear):
+    """LoRA in the manner of many: in evaluation mode the product is added to the weight."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.a, self.b, self.merged = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(6, 2)), False
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.b.data @ self.a.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        out = F.linear(x, self.weight, self.bias)
+        return out if self.merged else out + x @ self.a.T @ self.b.T
+
+
+def test_weights_that_evaluation_mode_folds_are_left_as_they_were():
+    model, batch = nn.Sequential(Folding(), nn.Tanh(), nn.Linear(6, 4)).double(), data(4, 6)
+    before = copy.deepcopy(model.state_dict())
+    found = sensitivities(model, [batch], include=["*"])
+    assert found["0.a"].max() > 0
+    assert model.training and not model[0].merged
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    evaluate(model, [batch])
+    assert model.training and not model[0].merged
+    torch.testing.assert_close(dict(model.state_dict()), dict(before))
+
+
+def test_what_a_forward_stores_is_no_tensor_of_a_transform():
+    class Storing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.out, self.seen = nn.Conv1d(6, 6, 1), nn.Linear(6, 4), None
+            self.register_buffer("mean", torch.zeros(3, 6))
+
+        def forward(self, x):
+            rows = self.first(x.transpose(1, 2)).transpose(1, 2).tanh()
+            self.seen, self.mean = rows.detach(), rows.detach().mean(0)
+            return self.out(rows.sum(1))
+
+    model = randomized(Storing())
+    scores(model, data(4, 3, 6))
+    copy.deepcopy(model)
+    assert model.state_dict()["mean"].numpy().shape == (3, 6)
+
+
+ODD = {
+    "a vector": (lambda m, x: (F.linear(x, m.p[0]).softmax(-1)[..., None] * x).sum(1), (1, 6)),
+    "complex numbers": (lambda m, x: F.linear(torch.fft.fft(x, dim=1), m.p.to(torch.complex128)).abs().sum(1), (6, 6)),
+    "a complex product": (lambda m, x: (torch.fft.fft(x, dim=1) @ m.p.to(torch.complex128)).abs().sum(1), (6, 6)),
+    "broadcast_to(*sizes)": (lambda m, x: (x + m.p.broadcast_to(len(x), 3, 6)).tanh().sum(1), (3, 6)),
+    "repeat(repeats=)": (lambda m, x: (x + m.p.repeat(repeats=(len(x), 1, 1))).tanh().sum(1), (3, 6)),
+    "no features": (lambda m, x: torch.cat([F.linear(x, m.p[:0]), x.tanh() * m.p[0]], -1).sum(1), (1, 6)),
+}
+
+
+@pytest.mark.parametrize("use", ODD)
+def test_odd_uses_of_a_parameter(use):
+    class Odd(nn.Module):
+        def __init__(self, shape) -> None:
+            super().__init__()
+            self.p, self.out = nn.Parameter(torch.randn(shape)), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.out(ODD[use][0](self, x))
+
+    model, batch = randomized(Odd(ODD[use][1])), data(4, 3, 6)
+    assert_equal(scores(model, batch), expected(model, batch))
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_sparse_tables(bag):
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.EmbeddingBag(4, 6, sparse=True) if bag else nn.Embedding(4, 6, sparse=True)
+            self.out = nn.Linear(6, 4)
+
+        def forward(self, x):
+            rows = self.table((x[..., 0] > 0).long())
+            return self.out(rows if bag else rows.tanh().sum(1))
+
+    model, batch = randomized(Table()), data(4, 3, 6)
+    dense = copy.deepcopy(model)
+    dense.table.sparse = False
+    assert_equal(scores(model, batch), expected(dense, batch))
+
+
+def test_one_sample_behind_a_batch_norm():
+    """torch 2.14 on the CPU gives wrong gradients where that of the output is laid out as after a transposition."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(2))
+    model = randomized(nn.Sequential(model, Net(lambda layer, x: layer(x.transpose(1, 2)[..., :6]))))
+    x, y = torch.randn(4, 3, 4, 4).double(), torch.arange(4)
+    whole = scores(model, (x, y))
+    alone = [(x[n : n + 1], y[n : n + 1]) for n in range(4)]
+    labels = [label for _, label in alone]
+    found = sensitivities(model, alone, labels=labels, estimator="sampled-logit", include=["*"])
+    assert_equal(found, whole)

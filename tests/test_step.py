@@ -1,5 +1,7 @@
 """A step that the host reads later: bad batches are named, and change no parameter, whatever the lag."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -44,7 +46,8 @@ def make(kind: str | None, lag: int, masked: bool, bad_at: int = 2):
         value = nn.functional.cross_entropy(logits, labels)
         return value * float("inf") if calls["forward"] == bad_at and kind == "loss" else value
 
-    setup = Setup(dict(net.named_parameters()), optimizer, forward, dict)
+    clip = partial(optimizer.clip_grad_norm_, entries="selected")
+    setup = Setup(dict(net.named_parameters()), optimizer, forward, dict, clip=clip)
     return net, Step(setup, net, loss, clip=1.0, lag=lag)
 
 

@@ -107,3 +107,17 @@ def test_plots_are_pictures(tmp_path):
     assert (tmp_path / "vector.svg").read_text().startswith("<?xml")
     with pytest.raises(TalosError, match=r"mask.xyz: pictures are .png, .pdf or .svg"):
         plot_mask(masks(), tmp_path / "mask.xyz")
+
+
+def test_a_block_is_drawn_without_its_namesakes_and_titles_are_no_formulas(tmp_path):
+    """T5's blocks all hold a ``layer.0``, which is no block 0."""
+    from PIL import Image
+
+    sizes = []
+    for blocks in (1, 6):
+        names = [f"encoder.block.{b}.layer.{s}.SelfAttention.q.weight" for b in range(blocks) for s in range(2)]
+        found = {name: torch.full((4, 4), ".block.0." in name) for name in names}
+        plot_mask(found, tmp_path / "mask.png", title="US$_1_$")
+        with Image.open(tmp_path / "mask.png") as image:
+            sizes.append(image.size)
+    assert sizes[0] == sizes[1]

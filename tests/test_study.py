@@ -76,3 +76,9 @@ def test_refusals(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TalosError, match="cannot be written"):
         run(backbone, [task], task, tmp_path / "file", {"steps": 1}, {})
+
+
+def test_tasks_of_one_name_are_refused(tmp_path):
+    tasks = [image_task("same", 3), image_task("same", 4)]
+    with pytest.raises(TalosError, match="two tasks are called 'same'"):
+        run(tiny_clip(), tasks, image_task("control", 5), tmp_path, {}, RATES, progress=False)

@@ -270,3 +270,15 @@ def test_digests_follow_the_content(place):
     a = tasks.load(place / "a")
     assert task_digest(a) == task_digest(tasks.load(place / "a")) != task_digest(tasks.load(place / "b"))
     assert task_digest(image_task(per_split=12)) != task_digest(image_task(per_split=13))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
+def test_results_need_a_name_that_a_file_can_have(place, name):
+    one = replace(tasks.load(place / "a"), name=name)
+    with pytest.raises(TalosError, match="kept in files of its name"):
+        Suite([one], None, SMALL)
+
+
+def test_a_consensus_takes_two_tasks(place):
+    with pytest.raises(TalosError, match="'consensus' takes what two tasks agree on"):
+        Suite([tasks.load(place / "a")], None, SMALL, mergings=("consensus",))

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from talos_fast import calibrate, finetune, tasks
-from talos_fast.calibrate import restored
 from talos_fast.evaluate import evaluate_along
+from talos_fast.kept import restored
 from talos_fast.methods import METHODS
 from talos_fast.methods.l_lora import lora_adapters
 from talos_fast.models.t5 import T5Backbone

@@ -201,3 +201,56 @@ def test_only_bool_masks_restrict():
     name = next(iter(vector))
     with pytest.raises(TalosError, match="the mask is torch.int64, not torch.bool"):
         vector.restrict({name: torch.ones(vector.deltas[name].shape, dtype=torch.int64)})
+
+
+def test_a_folder_that_holds_a_model_is_left_alone(tmp_path):
+    base, tuned = states(torch.float32)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TalosError, match="holds a model"):
+        TaskVector(base, tuned).save_pretrained(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_vector_is_found_by_its_folder_and_by_its_file(tmp_path):
+    base, tuned = states(torch.float32)
+    vector = TaskVector(base, tuned)
+    vector.save_pretrained(tmp_path)
+    for place in (tmp_path, tmp_path / "task_vector.safetensors"):
+        assert equal(TaskVector.from_pretrained(place).to_dense(), vector.to_dense())
+
+
+@pytest.mark.parametrize("where", ["save", "load"])
+def test_replacing_entries_needs_a_base_with_the_same_names(tmp_path, where):
+    base, tuned = states(torch.float32)
+    other = {f"encoder.{name}": t for name, t in base.items()}
+    vector = TaskVector(base, tuned)
+    if where == "load":
+        vector.save_pretrained(tmp_path, kind="replace", base=base)
+    with pytest.raises(TalosError, match="which base= lacks; its names are like 'encoder.w'"):
+        if where == "save":
+            vector.save_pretrained(tmp_path, kind="replace", base=other)
+        TaskVector.from_pretrained(tmp_path, base=other)
+
+
+def test_what_does_not_move_is_left_out_whoever_makes_the_vector():
+    base, tuned = states(torch.float32)
+    vector = TaskVector(base, tuned)
+    assert "untouched" not in vector.deltas
+    empty = vector.restrict({name: torch.zeros(t.shape, dtype=torch.bool) for name, t in base.items()})
+    assert len(empty) == len(TaskVector.from_deltas(empty.deltas)) == 0
+
+
+def test_tied_weights_may_go_by_each_of_their_names():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    base, tuned = Tied(), Tied()
+    vector = TaskVector(base.state_dict(), tuned.state_dict())
+    assert sorted(vector.deltas) == ["embed.weight", "head.weight"]
+    for target in (copy.deepcopy(base), copy.deepcopy(base).state_dict()):
+        vector.apply_to(target)
+        moved = target.embed.weight if isinstance(target, nn.Module) else target["embed.weight"]
+        assert torch.equal(moved, tuned.embed.weight)

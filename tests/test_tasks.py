@@ -248,3 +248,41 @@ def test_hold_out_is_stratified(labels, seed):
     for label in set(labels):
         total = labels.count(label)
         assert (array[held] == label).sum() == (max(1, round(0.1 * total)) if total > 1 else 0)
+
+
+def test_folders_hold_what_looks_like_images_of_their_class(tmp_path):
+    root = write_folder(tmp_path / "pets", {"train": 10, "val": 2, "test": 2})
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "dog" / "a.png").mkdir()  # a folder of that name
+    (root / "train" / "dog" / "._00.png").write_bytes(b"AppleDouble")
+    for folder in ("more", ".hidden"):
+        (root / "train" / "dog" / folder).mkdir()
+        Image.new("L", (5, 4)).save(root / "train" / "dog" / folder / "b.png")
+    task = tasks.load(root)
+    assert task.class_names == ("a cat", "dog") and np.bincount(task.train.labels).tolist() == [10, 11]
+    (root / "train" / "empty").mkdir()
+    with pytest.raises(TalosError, match="empty: found no images"):
+        tasks.load(root)
+
+
+def test_the_folder_that_one_is_in_has_its_own_name(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "pets", {"train": 10, "val": 2, "test": 2})
+    monkeypatch.chdir(root / "train")
+    assert tasks.load("..").name == "pets"
+    monkeypatch.chdir(root)
+    (tmp_path / "datasets.json").write_text(json.dumps([{"file": "pets", "name": "Pets", "prompt_template": "a {}."}]))
+    assert tasks.load(".").name == "Pets"
+
+
+def test_byte_order_marks_are_no_part_of_names_and_rows(tmp_path):
+    (tmp_path / "classes.txt").write_text("good\nbad\n", encoding="utf-8-sig")
+    path = write_rows(tmp_path / "rows.jsonl", [0, 1] * 10)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert tasks.load(path).class_names == ("good", "bad")
+
+
+def test_half_characters_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"split": "train", "text": "\\ud800", "label": "a"}\n')
+    with pytest.raises(TalosError, match="line 1: found text"):
+        tasks.load(path)

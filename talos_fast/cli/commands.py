@@ -9,7 +9,6 @@ import typer
 
 import talos_fast as talos
 from talos_fast import storage
-from talos_fast.calibrate import restored
 from talos_fast.checkpoint import remove
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
@@ -17,11 +16,13 @@ from talos_fast.cli.inspect import app as inspect_app
 from talos_fast.cli.profile import app as profile_app
 from talos_fast.cli.suite import app as suite_app
 from talos_fast.evaluate import evaluate_along
+from talos_fast.kept import restored
 from talos_fast.methods import METHODS, Compat
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.uses import Precision
 from talos_fast.step import Amp
 from talos_fast.train import Schedule
+from talos_fast.vector_file import require_free
 
 app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(edit_app)
@@ -123,6 +124,7 @@ def finetune(
 ) -> None:
     """Fine-tune on a task, and write the task vector. Interrupted, the same command goes on."""
     storage.require_folder(out, "--out")
+    require_free(out)
     checkpoint = checkpoint_dir or out / "checkpoint"
     storage.require_folder(checkpoint, "--checkpoint-dir")
     selected = None if mask is None else talos.Mask.load(mask)

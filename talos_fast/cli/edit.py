@@ -19,6 +19,8 @@ from talos_fast.merge import Evaluate
 from talos_fast.merging import METHODS, check_options, combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
+from talos_fast.tasks.base import check_names
+from talos_fast.vector_file import require_free
 
 app = typer.Typer()
 
@@ -52,6 +54,7 @@ def merge(
 ) -> None:
     """Add task vectors to a model, or subtract them, and write the edited encoder."""
     storage.require_folder(out, "--out")
+    require_free(out)
     coefficient = _coefficient(alpha, weights, data, control, control_floor)
     vectors, options = _vectors(add, subtract), _options(method, option or [])
     if not vectors:
@@ -106,6 +109,7 @@ def evaluate(
     if not vectors:
         o.refuse("without --add or --subtract", {"--alpha": alpha})
     tasks = o.load_tasks(data)
+    check_names([task.name for task in tasks])
     backbone = run.backbone()
     # Heads may be computed with the encoder, so they come before any edit.
     classifiers = [backbone.classifier(task) for task in tasks]

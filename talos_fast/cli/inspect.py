@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import talos_fast as talos
@@ -16,7 +15,9 @@ from talos_fast.mask import Mask
 from talos_fast.plots import plot_interference, plot_mask
 from talos_fast.plots.figure import require_picture
 from talos_fast.structure import KINDS, density_by_part
+from talos_fast.tables import show
 from talos_fast.task_vector import TaskVector
+from talos_fast.vector_file import FILE
 
 app = typer.Typer()
 
@@ -30,7 +31,7 @@ def inspect(
     require_picture(plot, "--plot")
     if not path.exists():
         raise TalosError(f"{path}: no such file or folder")
-    thing = TaskVector.from_pretrained(path) if path.is_dir() else Mask.load(path)
+    thing = TaskVector.from_pretrained(path) if path.is_dir() or path.name == FILE else Mask.load(path)
     mask = thing.mask() if isinstance(thing, TaskVector) else thing
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
     typer.echo(f"{path}: {thing}")
@@ -44,7 +45,7 @@ def inspect(
     for layer in sorted({layer for layer, _ in counts}):
         cells = [f"{counts[layer, kind].density:.3f}" if (layer, kind) in counts else "" for kind in kinds]
         table.add_row("outside" if layer < 0 else str(layer), *cells)
-    Console().print(table)
+    show(table)
     if plot is not None:
         plot_mask(mask, plot, title=str(path))
         typer.echo(f"{plot}: the structure of the mask")
@@ -65,7 +66,7 @@ def interference(
     table = Table(*COLUMNS)
     for row in report.rows():
         table.add_row(*row)
-    Console().print(table)
+    show(table)
     if out is not None:
         storage.write_json(out, report.to_json())
     if plot is not None:

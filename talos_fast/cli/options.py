@@ -16,6 +16,7 @@ import yaml
 from talos_fast import models, tasks
 from talos_fast.arguments import checked_seed
 from talos_fast.errors import TalosError, brief
+from talos_fast.fingerprint import read_checkpoint
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
 
@@ -118,7 +119,7 @@ def with_run(command: Callable[..., None]) -> Callable[..., None]:
 
 
 Weights = Annotated[
-    Path | None, typer.Option(help="Encoder weights that merge wrote, instead of the pre-trained ones.")
+    Path | None, typer.Option(help="Encoder weights that merge wrote, under the pre-trained model's heads.")
 ]
 Data = Annotated[
     Path, typer.Option(help="Folder of train/CLASS/*.png files, .npz, .jsonl(.gz), hub:NAME@COMMIT, demo:NAME.")
@@ -174,9 +175,7 @@ def load_weights(classifier: Classifier, path: Path | None) -> None:
     """
     if path is None:
         return
-    from talos_fast.fingerprint import named_tensors
-
     try:
-        classifier.encoder.load_state_dict(named_tensors(path), strict=True)
+        classifier.encoder.load_state_dict(read_checkpoint(path), strict=True)
     except RuntimeError as error:
         raise TalosError(f"{path}: does not fit this model ({brief(error)})") from error

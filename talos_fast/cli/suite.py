@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from talos_fast import report, storage
+from talos_fast import storage
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
-from talos_fast.study_plan import Plan, StudyResult
+from talos_fast.study_plan import Plan
 from talos_fast.suite import RATES, Suite, choose_methods, run_suite
+from talos_fast.tables import show_means
 from talos_fast.tasks import Task, get_preset
 
 app = typer.Typer()
@@ -75,7 +73,7 @@ def suite(
             backbone, whole, out, identity=identity,
             progress=not run.quiet, finished=lambda so_far: typer.echo(f"{so_far.methods[-1].method}: done"),
         )  # fmt: skip
-    _print(result)
+    show_means(result)
     typer.echo(f"{out / 'table.md'}, {out / 'report.json'}: the table; {out / 'cells'}: masks, vectors, every part")
 
 
@@ -113,14 +111,3 @@ def _rates(given: list[str], defaults: dict[str, tuple[float, ...]]) -> dict[str
     if unknown := sorted(found.keys() - {"", *defaults}):
         raise TalosError(f"--lr {unknown[0]}=…: {unknown[0]!r} is not among the methods, {', '.join(defaults)}")
     return {m: tuple(sorted({*(found.get(m) or found.get("") or rates)})) for m, rates in defaults.items()}
-
-
-def _print(result: StudyResult) -> None:
-    table = Table(
-        *report.COLUMNS, title="means over tasks, test accuracy in %", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for row in report.rows(result):
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(report.COLUMNS_MEANING)

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from talos_fast import report
+from talos_fast import report, storage
 from talos_fast.demo.tasks import control_task, demo_tasks
 from talos_fast.disentanglement import disentanglement_error
 from talos_fast.errors import TalosError
+from talos_fast.forward import device_of
 from talos_fast.models import Backbone
 from talos_fast.plots import plot_disentanglement, plot_mask
-from talos_fast.storage import atomic
 from talos_fast.study import Plan, Study, StudyResult
+from talos_fast.tables import PLAIN, show, show_means
 from talos_fast.tasks import Task
 
 # TaLoS moves a tenth of the entries, nearly all of them queries and keys, and so needs the larger steps. Each method
@@ -68,10 +67,13 @@ def run(
         for name, vector in vectors.items():
             vector.save_pretrained(out / "vectors" / method / name)
     _plots(study, result, chosen, out)
-    with atomic(out / "table.md") as temporary:
-        temporary.write_text(report.markdown(result), encoding="utf-8")
-    summary = {**report.to_json(result), "model": backbone.name, "seconds": round(time.perf_counter() - start, 1)}
-    Console().print(f"{summary['seconds']:.0f} s in all; table, report, masks, vectors and plots are in {out}/")
+    storage.write_text(out / "table.md", report.markdown(result))
+    summary = {
+        **report.to_json(result, device_of(backbone.encoder)),
+        "model": backbone.name,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    show(f"{summary['seconds']:.0f} s in all; table, report, masks, vectors and plots are in {out}/")
     return summary
 
 
@@ -87,21 +89,15 @@ def _plan(default: Plan, changes: Mapping[str, Any], rates: Mapping[str, Sequenc
 
 
 def _print(result: StudyResult) -> None:
-    console = Console()
-    plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     methods = [method.method for method in result.methods]
-    per_task = Table("task", "zero-shot", *methods, title="single / added / after negation, %", **plain)
+    per_task = Table("task", "zero-shot", *methods, title="single / added / after negation, %", **PLAIN)
     for row in report.task_rows(result):
         per_task.add_row(*row)
-    console.print(per_task)
-    table = Table(*report.COLUMNS, title="means over tasks, test accuracy in %", **plain)
-    for row in report.rows(result):
-        table.add_row(*row)
-    console.print(table)
-    console.print(report.COLUMNS_MEANING)
+    show(per_task)
+    show_means(result)
     for method in result.methods:
         tried = ", ".join(f"{lr}: {100 * value:.1f}" for lr, value in method.validation_by_lr.items())
-        console.print(f"{method.method}: learning rate {method.lr:g}, by validation accuracy ({tried})")
+        show(f"{method.method}: learning rate {method.lr:g}, by validation accuracy ({tried})")
 
 
 def _plots(study: Study, result: StudyResult, tasks: Sequence[Task], out: Path) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from talos_fast.arguments import share
 from talos_fast.delta import SparseDelta
 from talos_fast.errors import TalosError
-from talos_fast.stack import entrywise
+from talos_fast.stack import entrywise, total
 from talos_fast.task_vector import TaskVector
 
 
@@ -27,13 +28,12 @@ def breadcrumbs(vectors: Sequence[TaskVector], *, beta: float = 0.85, gamma: flo
     cut = []
     for vector in vectors:
         kept = {name: _between(delta, beta, gamma) for name, delta in vector.deltas.items()}
-        moving = {name: delta for name, delta in kept.items() if len(delta.values)}
-        cut.append(TaskVector.from_deltas(moving, base=vector.base, info=vector.info))
-    return entrywise(cut, lambda values: values.sum(dim=0))
+        cut.append(TaskVector.from_deltas(kept, base=vector.base, info=vector.info))
+    return entrywise(cut, total)
 
 
 def _between(delta: SparseDelta, beta: float, gamma: float) -> SparseDelta:
-    smallest, largest = int(beta * delta.numel), int(gamma * delta.numel)
+    smallest, largest = share(beta, delta.numel), share(gamma, delta.numel)
     order = delta.values.abs().argsort(descending=True, stable=True)
     keep = delta.values.new_zeros(len(order), dtype=order.dtype).bool()
     keep[order[largest : delta.numel - smallest]] = True

@@ -6,7 +6,7 @@ import torch
 
 from talos_fast.arguments import check_fraction, checked_seed
 from talos_fast.merging.ties import elected_mean
-from talos_fast.stack import entrywise
+from talos_fast.stack import entrywise, total
 from talos_fast.task_vector import TaskVector
 
 
@@ -24,8 +24,7 @@ def drop_and_rescale(vectors: Sequence[TaskVector], density: float, seed: int) -
             delta = vector.deltas[name]
             keep = torch.rand(len(delta.values), generator=generator) < density
             kept[name] = delta.select(keep.to(delta.values.device)).scaled(1.0 / density)
-        moving = {name: delta for name, delta in kept.items() if len(delta.values)}
-        thinned.append(TaskVector.from_deltas(moving, base=vector.base, info=vector.info))
+        thinned.append(TaskVector.from_deltas(kept, base=vector.base, info=vector.info))
     return thinned
 
 
@@ -40,7 +39,7 @@ def dare_linear(vectors: Sequence[TaskVector], *, density: float = 0.1, seed: in
     Raises:
         TalosError: no vector, different bases, or a density outside (0, 1].
     """
-    return entrywise(drop_and_rescale(vectors, density, seed), lambda values: values.sum(dim=0))
+    return entrywise(drop_and_rescale(vectors, density, seed), total)
 
 
 def dare_ties(vectors: Sequence[TaskVector], *, density: float = 0.1, seed: int = 0) -> TaskVector:

@@ -11,6 +11,7 @@ from talos_fast.merging.breadcrumbs import breadcrumbs
 from talos_fast.merging.consensus import consensus
 from talos_fast.merging.dare import dare_linear, dare_ties
 from talos_fast.merging.ties import magnitude_prune, ties
+from talos_fast.sparse_vector import require_several
 from talos_fast.task_vector import TaskVector
 
 
@@ -76,8 +77,7 @@ def combine(
             unknown method, or an option that the method does not have or refuses.
     """
     check_options(method, options)
-    if isinstance(vectors, TaskVector):
-        raise TalosError("vectors: found one task vector; give a list, such as [vector]")
+    require_several(vectors)
     if not vectors:
         raise TalosError("there is no task vector to merge; pass at least one")
     if weights is not None and len(weights) != len(vectors):

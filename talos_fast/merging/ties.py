@@ -5,10 +5,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from talos_fast.arguments import check_fraction
+from talos_fast.arguments import check_fraction, share
 from talos_fast.delta import SparseDelta
 from talos_fast.sensitivity.threshold import select_extreme
-from talos_fast.stack import entrywise
+from talos_fast.stack import entrywise, total
 from talos_fast.task_vector import TaskVector
 
 Scope = Literal["global", "per_tensor"]
@@ -27,11 +27,11 @@ def trim(vector: TaskVector, density: float, scope: Scope = "global") -> TaskVec
     kept: dict[str, SparseDelta] = {}
     for group in groups:
         total = vector.numel if scope == "global" else sum(delta.numel for delta in group.values())
-        count = max(1, int(density * total))
+        count = max(1, share(density, total))
         if count < sum(len(delta.values) for delta in group.values()):
             chosen = select_extreme({name: delta.values.abs() for name, delta in group.items()}, count, "highest")
             group = {name: delta.select(chosen[name]) for name, delta in group.items()}
-        kept |= {name: delta for name, delta in group.items() if len(delta.values)}
+        kept |= group
     return TaskVector.from_deltas(kept, base=vector.base, info=vector.info)
 
 
@@ -72,4 +72,4 @@ def magnitude_prune(vectors: Sequence[TaskVector], *, density: float = 0.2, scop
     Raises:
         TalosError: no vector, different bases, or a density outside (0, 1].
     """
-    return entrywise([trim(vector, density, scope) for vector in vectors], lambda values: values.sum(dim=0))
+    return entrywise([trim(vector, density, scope) for vector in vectors], total)

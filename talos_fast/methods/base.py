@@ -82,6 +82,8 @@ class Setup:
         export: after training, the change of the model's parameters; leaves the trained model in the model's
             parameters.
         mask: which entries of the parameters move, if not all do.
+        clip: brings the norm of the gradients below a limit, inf included, and returns it; by default torch's
+            `clip_grad_norm_` of what is trained.
         around: gives a context to enter around each forward and backward.
         fixed: what the forward reads and nobody writes, beside the parameters of the model that do not train.
         info: provenance (JSON); ``linearized`` says that the vector is evaluated on the linearized model.
@@ -92,6 +94,7 @@ class Setup:
     forward: Forward
     export: Callable[[], Deltas]
     mask: Mask | None = None
+    clip: Callable[[float], Tensor] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     fixed: Collection[Tensor] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -105,7 +108,9 @@ def compiled(setup: Setup) -> Setup:
 
     # torch counts recompilations by code object: the runs of one program would share its limit of 8, and then be eager.
     forward.__code__ = forward.__code__.replace()
-    return replace(setup, forward=torch.compile(forward))
+    # In torch 2.11 a tangent has no copy while its sizes are symbols, as those of a second batch size are.
+    static = torch.__version__ < "2.12" and bool(setup.info.get("linearized"))
+    return replace(setup, forward=torch.compile(forward, dynamic=False if static else None))
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,5 @@ def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def differences(origin: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Deltas:
-    """How parameters moved since ``origin``; those that did not are left out."""
-    deltas = {name: SparseDelta.between(name, origin[name], p) for name, p in parameters.items()}
-    return {name: delta for name, delta in deltas.items() if len(delta.values)}
+    """How parameters moved since ``origin``."""
+    return {name: SparseDelta.between(name, origin[name], p) for name, p in parameters.items()}

@@ -3,19 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from talos_fast.delta import SparseDelta
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch
-from talos_fast.indexing import flat_indices, gather
 from talos_fast.linear import Linearized
-from talos_fast.methods.base import Deltas, Request, Setup
+from talos_fast.methods.base import Deltas, Options, Request, Setup, differences
 from talos_fast.structure import parts
 from talos_fast.tangents import LowRank
 
@@ -61,22 +60,19 @@ def l_lora(request: Request) -> Setup:
     Raises:
         TalosError: no query or value projection requires a gradient, or a rank or scale that is not positive.
     """
-    rank = RANK if request.options.rank is None else request.options.rank
-    alpha = LORA_ALPHA if request.options.lora_alpha is None else request.options.lora_alpha
-    if rank < 1 or not alpha > 0:
-        raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive")
+    rank, alpha = rank_and_alpha(request.options)
     adapters = lora_adapters(request.model, rank)
     scale, parameters = alpha / rank, dict(request.model.named_parameters())
     request.model.requires_grad_(False)
     expansion = Linearized(request.model, lambda: lora_changes(adapters, parameters, scale))
 
     def forward(model: nn.Module, batch: Batch) -> Tensor:
-        return request.forward(expansion, batch)
+        return expansion.logits(request.forward, batch)
 
     def export() -> Deltas:
         with torch.no_grad():
-            changes = lora_changes(adapters, parameters, scale)
-            deltas = _deltas({name: change.dense() for name, change in changes.items()})
+            changes = {name: change.dense() for name, change in lora_changes(adapters, parameters, scale).items()}
+            deltas = differences({name: torch.zeros_like(change) for name, change in changes.items()}, changes)
             Edit(request.model, deltas).move(1.0)
         return deltas
 
@@ -85,6 +81,19 @@ def l_lora(request: Request) -> Setup:
     factors = sum(b.nbytes for b in trained.values())
     info = {"linearized": True, "rank": rank, "lora_alpha": alpha, "factor_bytes": factors}
     return Setup(trained, optimizer, forward, export, around=expansion.around, info=info)
+
+
+def rank_and_alpha(options: Options) -> tuple[int, float]:
+    """r and lora_alpha, or their defaults.
+
+    Raises:
+        TalosError: one that is not positive, or a rank that is no integer.
+    """
+    rank = RANK if options.rank is None else options.rank
+    alpha = LORA_ALPHA if options.lora_alpha is None else options.lora_alpha
+    if not isinstance(rank, Integral) or rank < 1 or not alpha > 0:
+        raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive, the rank an integer")
+    return rank, alpha
 
 
 def lora_adapters(model: nn.Module, rank: int) -> list[Adapter]:
@@ -123,13 +132,3 @@ def lora_changes(adapters: list[Adapter], parameters: Mapping[str, Tensor], scal
             rows, left, right = slice(0, inputs), right.t(), nn.functional.pad(left.t(), padding)
         terms.setdefault(adapter.name, []).append((rows, left, right))
     return {name: LowRank(tuple(parameters[name].shape), tuple(of)) for name, of in terms.items()}
-
-
-def _deltas(changes: Mapping[str, Tensor]) -> Deltas:
-    deltas = {}
-    for name, change in changes.items():
-        moved, flat = change.cpu() != 0, change.cpu().reshape(-1)
-        indices = None if bool(moved.all()) else flat_indices(moved)
-        wide = torch.promote_types(flat.dtype, torch.float32)
-        deltas[name] = SparseDelta(tuple(change.shape), gather(flat, indices).to(wide), indices)
-    return {name: delta for name, delta in deltas.items() if len(delta.values)}

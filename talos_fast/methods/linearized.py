@@ -29,7 +29,7 @@ def linearized(request: Request) -> Setup:
     expansion = Linearized(request.model, tangents, origin)
 
     def forward(model: nn.Module, batch: Batch) -> Tensor:
-        return request.forward(expansion, batch)
+        return expansion.logits(request.forward, batch)
 
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
     return Setup(

@@ -2,21 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.methods.base import Request, Setup, differences, snapshot
 from talos_fast.optim import MaskedAdam
+from talos_fast.optim.compaction import Entries
 
 
-def masked(
-    request: Request, mask: Mask, info: dict[str, Any] | None = None, optimizer_class: type[MaskedAdam] = MaskedAdam
-) -> Setup:
+def masked(request: Request, mask: Mask, info: dict[str, Any] | None = None, entries: Entries = "selected") -> Setup:
     """Trains what the mask selects with MaskedAdam; every other entry stays bit-identical.
 
     Gradients of linear layers are computed for rows with selected entries only, and kept for selected entries only. So
-    what is clipped is their norm: the released code's, over whole tensors, also counts entries that never move.
+    it is their norm that is clipped: the released code's, over whole tensors, also counts entries that never move.
+
+    Args:
+        request: what the user asked for.
+        mask: which entries train.
+        info: provenance.
+        entries: whose norm is clipped.
 
     Raises:
         TalosError: a mask of another model, or one that selects nothing.
@@ -27,7 +33,7 @@ def masked(
     parameters = dict(request.model.named_parameters())
     trained = {name: parameters[name] for name in names}
     origin = snapshot(trained)
-    optimizer = optimizer_class(
+    optimizer = MaskedAdam(
         list(trained.items()), lr=request.lr, weight_decay=request.weight_decay,
         masks={name: mask[name] for name in names}, fused=True,
     )  # fmt: skip
@@ -46,5 +52,5 @@ def masked(
 
     return Setup(
         trained, optimizer, request.forward, lambda: differences(origin, trained), mask=mask,
-        around=around, info=info or {},
+        clip=partial(optimizer.clip_grad_norm_, entries=entries), around=around, info=info or {},
     )  # fmt: skip

@@ -14,28 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from talos_fast.errors import TalosError
-from talos_fast.forward import Batch
+from talos_fast.forward import Batch, functional_forward
 from talos_fast.mask import Mask
 from talos_fast.methods.base import Deltas, Request, Setup, differences, snapshot
-from talos_fast.methods.l_lora import ADAPTED, LORA_ALPHA, RANK, lora_adapters, lora_changes
+from talos_fast.methods.l_lora import ADAPTED, lora_adapters, lora_changes, rank_and_alpha
 from talos_fast.methods.lota import lota_mask
 from talos_fast.methods.masked import masked
 from talos_fast.methods.talos import talos_mask
-from talos_fast.optim import MaskedAdam
 from talos_fast.sensitivity.selection import maskable_parameters
 from talos_fast.structure import parts
 
 SOFT = 0.1
 ATTENTION = ("query", "key", "value", "attention output")
-
-
-class WholeNorm(MaskedAdam):
-    """MaskedAdam that clips by the norm of all entries of the tensors that train, whoever asks."""
-
-    def clip_grad_norm_(self, max_norm: float, entries: Any = "all", error_if_nonfinite: bool = False) -> Tensor:
-        """As of `MaskedAdam`, over all entries."""
-        return super().clip_grad_norm_(max_norm, "all", error_if_nonfinite)
 
 
 class ScoredAdamW(AdamW):
@@ -114,10 +104,7 @@ def l_lora(request: Request) -> Setup:
     Raises:
         TalosError: as `talos_fast.methods.l_lora`.
     """
-    rank = RANK if request.options.rank is None else request.options.rank
-    alpha = LORA_ALPHA if request.options.lora_alpha is None else request.options.lora_alpha
-    if rank < 1 or not alpha > 0:
-        raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive")
+    rank, alpha = rank_and_alpha(request.options)
     vision, adapters = is_vision(request.model), lora_adapters(request.model, rank)
     if vision:
         adapters = [replace(a, a=a.a * math.sqrt(a.a.shape[1] * 6 / (rank + a.a.shape[1])) / 4) for a in adapters]
@@ -132,10 +119,8 @@ def l_lora(request: Request) -> Setup:
         changes = lora_changes(adapters, parameters, scale)
         return {name: parameters[name] + change.dense() for name, change in changes.items()}
 
-    adapted = _Adapted(request.model, moved)
-
     def forward(model: nn.Module, batch: Batch) -> Tensor:
-        return request.forward(adapted, batch)
+        return functional_forward(request.forward, model, moved(), batch)
 
     @torch.no_grad()
     def export() -> Deltas:
@@ -147,18 +132,6 @@ def l_lora(request: Request) -> Setup:
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
     info = {"rank": rank, "lora_alpha": alpha, "compat": "released"}
     return Setup(trained, optimizer, forward, export, info=info)
-
-
-class _Adapted(nn.Module):
-    """A model with some of its parameters computed."""
-
-    def __init__(self, model: nn.Module, values: Any) -> None:
-        super().__init__()
-        self.model, self._values = model, values
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the model takes, to what it gives."""
-        return torch.func.functional_call(self.model, self._values(), inputs, named)
 
 
 def is_vision(model: nn.Module) -> bool:
@@ -181,7 +154,7 @@ def _masked(request: Request, mask: Mask, info: dict[str, Any]) -> Setup:
     """`masked` with the raw parameters, without compacted gradients: the norm is of all entries."""
     raw = raw_parameters(request.model)
     whole = Mask({**mask, **{name: torch.ones(p.shape, dtype=torch.bool) for name, p in raw.items()}}, info=mask.info)
-    return replace(masked(request, whole, {**info, "compat": "released"}, WholeNorm), around=nullcontext)
+    return replace(masked(request, whole, {**info, "compat": "released"}, entries="all"), around=nullcontext)
 
 
 def _attention(parameters: Mapping[str, Tensor], kinds: tuple[str, ...], biases: bool) -> set[str]:

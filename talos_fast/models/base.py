@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +44,6 @@ class Classifier(nn.Module):
         cast = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         logits: Tensor = self.head(self.encoder(*cast, **named))
         return logits
-
-    def with_head(self, head: nn.Module) -> Self:
-        """A classifier of the same kind around the same encoder (not a copy), with another head."""
-        classifier = type(self)(self.encoder, head)
-        return classifier.train(self.training)
 
 
 class Backbone(ABC):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from talos_fast.errors import TalosError
+from talos_fast.kept import modes_kept
 from talos_fast.models.base import Backbone, Classifier, fill
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.text import check_texts, from_pretrained, tokenize
@@ -36,10 +37,6 @@ class TextClassifier(Classifier):
         """Token ids and mask, int64, shape (N, T), to logits of shape (N, K)."""
         logits: Tensor = self.head(embed(self.encoder, input_ids, attention_mask, self.pooling))
         return logits
-
-    def with_head(self, head: nn.Module) -> "TextClassifier":
-        """A classifier around the same encoder (not a copy), with another head."""
-        return TextClassifier(self.encoder, head, self.pooling).train(self.training)
 
 
 def embed(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
@@ -74,6 +71,9 @@ class EncoderBackbone(Backbone):
         self.pooling: Pooling = pooling
         config: Any = encoder.config
         positions = getattr(config, "max_position_embeddings", None) or 512
+        table: Any = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+        if getattr(table, "padding_idx", None) is not None:  # RoBERTa counts from after the padding token's number
+            positions -= table.padding_idx + 1
         self.max_length = int(min(tokenizer.model_max_length, positions))
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -94,11 +94,10 @@ class EncoderBackbone(Backbone):
     def _class_embeddings(self, task: Task) -> Tensor:
         templates = task.templates or ("{}",)
         tokens = self.prepare(fill(templates, task.class_names))
-        was_training = self.encoder.training
-        self.encoder.eval()
         ids, mask = (tokens[key].to(self._device()) for key in ("input_ids", "attention_mask"))
-        vectors = functional.normalize(embed(self.encoder, ids, mask, self.pooling), dim=-1)
-        self.encoder.train(was_training)
+        with modes_kept(self.encoder):
+            self.encoder.eval()
+            vectors = functional.normalize(embed(self.encoder, ids, mask, self.pooling), dim=-1)
         return vectors.view(task.num_classes, len(templates), -1).mean(dim=1)
 
 

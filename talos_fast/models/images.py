@@ -100,6 +100,10 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would cut grey levels off at 255
+                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode}: grey levels of 32 bits have no known white; save 8 or 16 bits")
             return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise TalosError(f"{path}: not a whole picture ({error}); replace or remove the file") from error

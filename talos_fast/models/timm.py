@@ -11,6 +11,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from talos_fast.errors import TalosError, brief
+from talos_fast.kept import modes_kept
 from talos_fast.models.base import Backbone, Classifier
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.images import ImagePreprocess
@@ -67,17 +68,15 @@ class TimmBackbone(Backbone):
                     "is made of the mean features of each class; add images, or use a CLIP model"
                 )
             chosen.extend(generator.permutation(members)[:IMAGES_A_CLASS].tolist())
-        was_training = self.encoder.training
-        self.encoder.eval()
         sums = torch.zeros(0)
-        for images, labels in tqdm(
-            self.batches(task.train.select(chosen), batch_size=32), desc=f"{task.name}: head", disable=None, leave=False
-        ):
-            features = self.encoder(images.to(self._device(), next(self.encoder.parameters()).dtype)).float()
-            if not sums.numel():
-                sums = features.new_zeros(task.num_classes, features.shape[-1])
-            sums.index_add_(0, labels.to(features.device), functional.normalize(features, dim=-1))
-        self.encoder.train(was_training)
+        batches = self.batches(task.train.select(chosen), batch_size=32)
+        with modes_kept(self.encoder):
+            self.encoder.eval()
+            for images, labels in tqdm(batches, desc=f"{task.name}: head", disable=None, leave=False):
+                features = self.encoder(images.to(self._device(), next(self.encoder.parameters()).dtype)).float()
+                if not sums.numel():
+                    sums = features.new_zeros(task.num_classes, features.shape[-1])
+                sums.index_add_(0, labels.to(features.device), functional.normalize(features, dim=-1))
         return sums  # the head normalises: sums and means have the same direction
 
 

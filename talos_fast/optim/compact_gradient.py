@@ -76,16 +76,16 @@ class CompactGradient(Tensor):
             self.whole_norm = _norm(dense, self.values)
         return self
 
-    def require(self, selection: Selection) -> None:
+    def require(self, selection: Selection | None) -> None:
         """Refuses to be read under another selection.
 
         Raises:
-            TalosError: the hooks that made it belong to another optimizer.
+            TalosError: it was made by the hooks of another optimizer, or for a mask that is no more.
         """
         if self.selection is not selection:
             raise TalosError(
-                f"the gradient of a parameter of shape {tuple(self.shape)} was compacted by another optimizer; "
-                "remove() what its compact_gradients returned, and set the gradients to None"
+                f"the gradient of a parameter of shape {tuple(self.shape)} was compacted by another optimizer, or for "
+                "another mask; remove() what its compact_gradients returned, and set the gradients to None"
             )
 
     def measured(self, entries: str) -> Tensor:

@@ -1,16 +1,10 @@
 """The operator ``talos_fast::compact_gradient_``: its reference in plain torch, and what runs on each device."""
 
-import importlib
-import logging
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from talos_fast import ops
-from talos_fast.optim.operator import _places
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.plan import Selection, places
 
 _SCHEMA = "compact_gradient_(Tensor(a!) compact, Tensor grad, Tensor work, Tensor? index, *, bool accumulate) -> ()"
 
@@ -26,7 +20,7 @@ def compact_gradient_reference(
         work, index: those of `talos_fast.optim.plan.Selection`.
         accumulate: whether to add.
     """
-    entries = grad.view(-1)[_places(work, index)].to(compact.dtype)
+    entries = grad.view(-1)[places(work, index)].to(compact.dtype)
     if accumulate:
         compact.add_(entries)
     else:
@@ -45,30 +39,15 @@ def gather_selected(grad: Tensor, selection: Selection, into: Tensor | None = No
 
 
 def _on_cuda(compact: Tensor, grad: Tensor, work: Tensor, index: Tensor | None, *, accumulate: bool) -> None:
+    kernels = ops.triton_kernels("compact", "talos_fast compacts gradients")
+    launch = compact_gradient_reference if kernels is None else kernels.launch
     with torch.cuda.device(grad.device):
-        _launcher()(compact, grad, work, index, accumulate=accumulate)
-
-
-@cache
-def _launcher() -> Callable[..., None]:
-    """The Triton kernel's, or, said once, the reference."""
-    try:
-        launch: Callable[..., None] = importlib.import_module("talos_fast.kernels.compact").launch
-    except ImportError as error:
-        logging.getLogger("talos_fast").warning(
-            "talos_fast compacts gradients in plain torch on CUDA, more slowly: Triton cannot be imported (%s)", error
-        )
-        return compact_gradient_reference
-    return launch
+        launch(compact, grad, work, index, accumulate=accumulate)
 
 
 def _fake(compact: Tensor, *_args: object, **_kwargs: object) -> None:
     """Nothing comes out: the operator writes in place."""
 
 
-_library = torch.library.Library("talos_fast", "FRAGMENT")
-if ops.backend("cpu") == "torch":
-    _library.define(_SCHEMA)
-_library.impl("compact_gradient_", compact_gradient_reference, "CompositeExplicitAutograd")
-_library.impl("compact_gradient_", _on_cuda, "CUDA")
-torch.library.register_fake("talos_fast::compact_gradient_", _fake, lib=_library)
+ops.register(_SCHEMA, compact_gradient_reference, _fake)
+ops.library.impl("compact_gradient_", _on_cuda, "CUDA")

@@ -1,6 +1,6 @@
 """Gradient compaction: hooks that keep of each gradient, as soon as it is complete, its selected entries only."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -28,17 +28,24 @@ class Compaction:
 
     Attributes:
         active: whether gradients are compacted; one may turn it off and on again between backward passes.
+        removed: whether `remove` ended it.
+        carriers: parameter -> its carrier.
     """
 
     def __init__(self, selections: Mapping[Tensor, Selection], norm: Entries, accumulate: int = 1) -> None:
-        self.norm, self.accumulate, self.active = norm, accumulate, True
+        self.norm, self.accumulate, self.active, self.removed = norm, accumulate, True, False
         self._passes: dict[Tensor, int] = {}
         self._handles: list[RemovableHandle] = []
         self.carriers: dict[Tensor, Tensor] = {}
+        self.attach(selections)
+
+    def attach(self, selections: Mapping[Tensor, Selection]) -> None:
+        """Puts the hooks on these parameters, and takes those of before away."""
+        self._detach()
         for p, selection in selections.items():
-            self._handles.append(p.register_post_accumulate_grad_hook(partial(self._keep, selection)))
+            self._handles.append(_hooked(p, partial(self._keep, selection)))
             # Whole gradients that are never made have no norm.
-            if norm == "selected" and selection.count:
+            if self.norm == "selected" and selection.count:
                 self.carriers[p] = self._carrier(p, selection)
 
     def _carrier(self, p: Tensor, selection: Selection) -> Tensor:
@@ -48,11 +55,13 @@ class Compaction:
         def deliver(carrier: Tensor) -> None:
             values, carrier.grad = carrier.grad, None
             assert values is not None
-            self._keep(selection, p)
-            if isinstance(p.grad, CompactGradient):
-                p.grad.add_values(values)
-            else:
+            if p.grad is None:
                 p.grad = CompactGradient(p, selection, values)
+                return
+            if not isinstance(p.grad, CompactGradient):
+                p.grad = CompactGradient.of(p, selection, p.grad, keep_norm=False)
+            p.grad.require(selection)
+            p.grad.add_values(values)
 
         self._handles.append(carrier.register_post_accumulate_grad_hook(deliver))
         return carrier
@@ -71,9 +80,31 @@ class Compaction:
         self._passes[p] = (self._passes.get(p, 0) + 1) % self.accumulate
         return self._passes[p] == 0
 
+    @property
+    def keeps_sums_whole(self) -> bool:
+        """Whether gradients stay dense until the last of several passes."""
+        return self.norm == "all" and self.accumulate > 1
+
+    def restart(self) -> None:
+        """Counts backward passes anew: a step was taken, or gradients were given up."""
+        self._passes.clear()
+
     def remove(self) -> None:
-        """Takes the hooks away; gradients that are compact stay so until they are set to None."""
+        """Takes the hooks away for good; gradients that are compact stay so until they are set to None."""
+        self.removed = True
+        self._detach()
+
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.carriers.clear()
+        self._passes.clear()
+
+
+def _hooked(p: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """The hook on a parameter: torch wants one that requires a gradient, and a frozen one may train later."""
+    trains = p.requires_grad
+    handle: RemovableHandle = p.requires_grad_().register_post_accumulate_grad_hook(hook)
+    p.requires_grad_(trains)
+    return handle

@@ -2,6 +2,7 @@
 
 import weakref
 
+import torch
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -27,7 +28,7 @@ class MaskedGradients(AdamW):
         gradient = p.grad
         if not isinstance(gradient, CompactGradient):
             return gradient
-        gradient.require(self._selections[p])
+        gradient.require(self._selections.get(p))
         return gradient.values
 
     def clip_grad_norm_(self, max_norm: float, entries: Entries = "all", error_if_nonfinite: bool = False) -> Tensor:
@@ -84,29 +85,39 @@ class MaskedGradients(AdamW):
             raise TalosError(f"accumulate={accumulate}: a step takes at least one backward pass")
         if self._compaction is not None:
             self._compaction.remove()
-        self._compaction, self._rows = Compaction(self._selections, norm, accumulate), None
+        self._compaction = Compaction(self._selections, norm, accumulate)
+        if self._rows is not None:
+            self._rows.attach(self._selections, self._compaction)
         weakref.finalize(self, self._compaction.remove)
         return self._compaction
 
     def _reselect(self) -> None:
         """After a change of masks: what was derived from them is made anew."""
-        self._rows = None
-        if self._compaction is not None:
-            self.compact_gradients(self._compaction.norm, self._compaction.accumulate)
+        if self._compaction is not None and not self._compaction.removed:
+            self._compaction.attach(self._selections)
+        if self._rows is not None:  # in place: a caller may hold it
+            self._rows.attach(self._selections, self._compaction)
 
     def selected_rows(self) -> SelectedRows:
         """The context in which linear layers compute the gradients of rows with selected entries only.
 
         Enter it around forward and backward; see `SelectedRows`. With `compact_gradients` called before, the product's
         selected entries are all that is ever kept of a weight's gradient; they come to ``p.grad`` past autograd, which
-        calls no hook on them.
+        calls no hook on them, and finds no weight in ``torch.autograd.grad`` and ``backward(inputs=...)``. The norm of
+        "all" entries is here of those that are computed.
         """
         if self._rows is None:
-            self._rows = SelectedRows(self._selections, {} if self._compaction is None else self._compaction.carriers)
+            self._rows = SelectedRows(self._selections, self._compaction)
         return self._rows
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; a clipping that no step has taken is forgotten."""
         if self._clip is not None:  # dynamo of torch 2.11 refuses to set it to None
             self._clip = None
+        if self._compaction is not None:
+            self._compaction.restart()
+            if not set_to_none and self._compaction.keeps_sums_whole:
+                for p in self._selections:
+                    if isinstance(p.grad, CompactGradient):
+                        p.grad = torch.zeros_like(p)
         super().zero_grad(set_to_none)

@@ -4,23 +4,20 @@ The tables are built once for a set of tensors that step together. From one step
 their addresses travel in one asynchronous copy, and not even that where they are those of the step before.
 """
 
-import importlib
-import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from talos_fast import ops
 from talos_fast.errors import TalosError
 from talos_fast.optim.plan import BLOCK
 from talos_fast.optim.state import Member
 from talos_fast.optim.tables import addresses, block_rows, in_memory_order, word_ranks
 
-_logger = logging.getLogger("talos_fast")
 _TENSORS = 128  # that one program of `advance` takes
 ON_CPU = False
 """Whether CPU tensors step here too: for tests, which run the kernels in Triton's interpreter."""
@@ -31,17 +28,8 @@ def reaches(device: torch.device) -> bool:
     return (device.type == "cuda" or (ON_CPU and device.type == "cpu")) and _kernels() is not None
 
 
-@cache
 def _kernels() -> Any:
-    """The module of the kernels, imported when the first tensor needs it; None without Triton."""
-    try:
-        return importlib.import_module("talos_fast.kernels.masked_adam")
-    except ImportError as error:
-        _logger.warning(
-            "MaskedAdam steps in plain torch on CUDA, more slowly: Triton cannot be imported (%s). To get it: "
-            "pip install triton", error,
-        )  # fmt: skip
-        return None
+    return ops.triton_kernels("masked_adam", "MaskedAdam steps")
 
 
 def is_capturing() -> bool:
@@ -70,7 +58,7 @@ class Launch:
         self._rows = torch.cat([block_rows(n, m).to(self.device) for n, m in enumerate(members)])
         table = [addresses(*row) for row in zip(members, self._indices, self._ranks, strict=True)]
         self._table = torch.tensor(table).to(self.device)
-        self._scalars = torch.empty(len(members), _kernels().SCALARS.value, device=self.device)
+        self._scalars = torch.empty(len(members), _kernels().SCALARS.value, dtype=torch.float32, device=self.device)
         self._gradients = torch.zeros(len(members), 2, dtype=torch.int64, device=self.device)
         self._known: list[int] = []
         self._numels = [m.parameter.numel() for m in members]
@@ -100,6 +88,8 @@ class Launch:
             table = self._upload(gradients)
             self._advance(table, group, found_inf)
             self._update(table, group, scale, found_inf)
+        stepped = [m.parameter for m, g in zip(self.members, gradients, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(stepped)  # a kernel writes behind autograd's back
 
     def _guard(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, whatever the tensors are on."""
@@ -134,7 +124,7 @@ class Launch:
         return torch.empty_like(self._gradients).copy_(row.view(-1, 2), non_blocking=True)
 
     def _pinned_row(self) -> Tensor:
-        return torch.zeros(2 * len(self.members), dtype=torch.int64, pin_memory=self._pins)
+        return torch.zeros(2 * len(self.members), dtype=torch.int64, device="cpu", pin_memory=self._pins)
 
     def _advance(self, gradients: Tensor, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]

@@ -84,14 +84,15 @@ class MaskedAdam(MaskedGradients):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle carry: torch's part, and the masks as bits."""
-        masks = {p: pack(bool_mask(p, selection)) for p, selection in self._selections.items()}
+        masks = {p: (pack(bool_mask(p, selection)), selection.order) for p, selection in self._selections.items()}
         return {**super().__getstate__(), "_masks": masks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of deepcopy and pickle, and, without masks, of torch's load_state_dict."""
         masks = state.pop("_masks", None)
         if masks is not None:
-            self._selections = {p: select(unpack(bits, p.shape), p) for p, bits in masks.items()}
+            # In the order that numbers the entries of the state: the parameter may have been laid out anew since.
+            self._selections = {p: select(unpack(bits, p.shape), p, order) for p, (bits, order) in masks.items()}
         self._launches = Launches() if masks is not None else self._launches
         super().__setstate__(state)
 
@@ -110,7 +111,7 @@ class MaskedAdam(MaskedGradients):
         if masks is not None:
             try:
                 self._selections |= selections_of(self.param_groups[-1:], masks)
-            except TalosError:
+            except BaseException:
                 self.param_groups.pop()
                 raise
             self._reselect()
@@ -164,6 +165,8 @@ class MaskedAdam(MaskedGradients):
             self._step_group(group, scale, found_inf)
         self._launches.settle(self.param_groups, self.state)
         self._clip = None
+        if self._compaction is not None:
+            self._compaction.restart()
         return loss
 
     def _step_group(self, group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None) -> None:

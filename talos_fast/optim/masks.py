@@ -34,10 +34,10 @@ def masks_by_parameter(groups: Sequence[Mapping[str, Any]], masks: Masks) -> dic
     known.update({p: p for p in parameters})
     matched = {}
     for key, mask in masks.items():
-        label = repr(key) if isinstance(key, str) else f"parameter of shape {tuple(key.shape)}"
+        label = f"parameter of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
         if key not in known:
             # A mask of a whole model may speak of parameters that another group, or nobody, trains.
-            if not bool(mask.any()):
+            if isinstance(mask, Tensor) and not bool(mask.any()):
                 continue
             hint = (
                 "pass model.named_parameters() to use names"
@@ -65,7 +65,7 @@ def check_mask(label: str, parameter: Tensor, mask: Tensor) -> None:
     """Refuses a mask that cannot be the parameter's.
 
     Raises:
-        TalosError: the mask is not bool or has another shape, or the parameter is not of a floating-point type.
+        TalosError: the mask is no bool tensor or has another shape, or the parameter is not of a floating-point type.
         NotImplementedError: the parameter is a DTensor.
     """
     if type(parameter).__name__ == "DTensor":  # importing the class would take longer than this library
@@ -73,6 +73,8 @@ def check_mask(label: str, parameter: Tensor, mask: Tensor) -> None:
             f"{label} is a DTensor: masks do not work with FSDP2 (fully_shard) or tensor parallelism yet; "
             "train it without a mask, or use DistributedDataParallel"
         )
+    if not isinstance(mask, Tensor):
+        raise TalosError(f"the mask of {label} is a {type(mask).__name__}; give a bool tensor, True means trainable")
     if mask.dtype is not torch.bool:
         raise TalosError(f"the mask of {label} is {mask.dtype}, not torch.bool; True means trainable")
     if mask.shape != parameter.shape:

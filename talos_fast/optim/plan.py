@@ -94,9 +94,24 @@ class Selection:
         return found.to(self.work.device, index_dtype(self.numel))
 
 
-def select(mask: Tensor, parameter: Tensor) -> Selection:
-    """The selection of a bool ``mask`` of the parameter's shape, in the cheapest encoding (see above)."""
-    order = memory_order(parameter)
+def places(work: Tensor, index: Tensor | None) -> Tensor:
+    """The selected positions in memory order, ascending, int64, where the work table lies."""
+    counts = work[:, 3]
+    if index is not None and index.dtype is torch.uint8:
+        bits = index.view(-1, BLOCK // 8, 1) >> torch.arange(8, dtype=torch.uint8, device=index.device) & 1
+        return (work[:, :1] + torch.arange(BLOCK, device=index.device))[bits.view(-1, BLOCK).bool()]
+    if index is None:
+        within = torch.arange(int(counts.sum()), device=work.device)
+        return within + torch.repeat_interleave(work[:, 0] - work[:, 2], counts)
+    return torch.repeat_interleave(work[:, 0], counts) + (index.long() & 0xFFFF)
+
+
+def select(mask: Tensor, parameter: Tensor, order: tuple[int, ...] | None = None) -> Selection:
+    """The selection of a bool ``mask`` of the parameter's shape, in the cheapest encoding (see above).
+
+    Entries are numbered in ``order``, by default that of the parameter's strides.
+    """
+    order = memory_order(parameter) if order is None else order
     flags = mask.detach().cpu().permute(order).reshape(-1).numpy()
     count = int(np.count_nonzero(flags))
     starts, lengths = _runs(flags)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from talos_fast.errors import TalosError
 from talos_fast.optim.compact_operator import gather_selected
+from talos_fast.optim.compaction import Compaction
 from talos_fast.optim.plan import Selection, select
 from talos_fast.takeover import Takeover
 
@@ -82,19 +83,26 @@ class SelectedRows(Takeover):
 
     Args:
         selections: the masked parameters.
-        carriers: parameter -> the leaf that takes its selected entries in its place; see `Compaction`.
+        compaction: while it is active, its carriers take the selected entries in the parameters' place.
     """
 
     functions = (F.linear,)
 
-    def __init__(self, selections: Mapping[Tensor, Selection], carriers: Mapping[Tensor, Tensor]) -> None:
+    def __init__(self, selections: Mapping[Tensor, Selection], compaction: Compaction | None) -> None:
         super().__init__()
-        self._carriers = carriers
+        self.attach(selections, compaction)
+
+    def attach(self, selections: Mapping[Tensor, Selection], compaction: Compaction | None) -> None:
+        """Takes other masks, or another compaction."""
+        self._compaction = compaction
         self._rows = {
             p: select_rows(p, selection)
             for p, selection in selections.items()
             if p.dim() in (1, 2) and p.is_contiguous() and selection.in_c_order and p.numel()
         }
+
+    def _carrier(self, p: Tensor) -> Tensor | None:
+        return self._compaction.carriers.get(p) if self._compaction is not None and self._compaction.active else None
 
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """F.linear, on selected rows."""
@@ -103,8 +111,10 @@ class SelectedRows(Takeover):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not (weight in self._rows and weight.dim() == 2 and weight.requires_grad and torch.is_grad_enabled()):
             return F.linear(input, weight, bias)
-        rows, weight_leaf = self._rows[weight], self._carriers.get(weight)
-        if rows.stop == 0:
+        rows, weight_leaf = self._rows[weight], self._carrier(weight)
+        if (bias is not None and bias.shape != weight.shape[:1]) or _is_watched(weight):
+            return F.linear(input, weight, bias)
+        if rows.stop == 0 and not _is_distributed():
             return F.linear(input, weight.detach(), bias)
         if weight_leaf is None and rows.count == len(weight):
             return F.linear(input, weight, bias)
@@ -116,11 +126,11 @@ class SelectedRows(Takeover):
         bias_rows = None if bias is None or not bias.requires_grad else self._rows.get(bias)
         bias_leaf = None
         if bias is not None and bias_rows is not None:
-            bias_leaf = self._carriers.get(bias)
+            bias_leaf = self._carrier(bias)
             if bias_leaf is not None or bias_rows.stop == 0:
                 bias = bias.detach()
         if weight_leaf is not None:
-            if DistributedDataParallel._get_active_ddp_module() is not None:
+            if _is_distributed():
                 raise TalosError(
                     "compacted gradients on selected rows, but not under DistributedDataParallel: "
                     "it waits for whole gradients; do without compact_gradients"
@@ -128,6 +138,17 @@ class SelectedRows(Takeover):
             weight = weight.detach()
         output: Tensor = _RowsLinear.apply(input, weight, bias, weight_leaf, bias_leaf, rows, bias_rows)
         return output.view(*input.shape[:-1], len(weight))  # here: what a Function gives as a view cannot be written to
+
+
+def _is_distributed() -> bool:
+    """Whether DistributedDataParallel waits for a gradient, of zeros too, of whatever requires one."""
+    return DistributedDataParallel._get_active_ddp_module() is not None
+
+
+def _is_watched(weight: Tensor) -> bool:
+    """Whether a hook is to be shown the whole gradient, or a transform such as `torch.vmap` is at work; eager only."""
+    eager = not torch.compiler.is_compiling()
+    return eager and bool(weight._backward_hooks or torch._C._are_functorch_transforms_active())
 
 
 class _RowsLinear(torch.autograd.Function):

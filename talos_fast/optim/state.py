@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
+from talos_fast.optim.masks import in_c_order
 from talos_fast.optim.plan import Selection, memory_order
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -67,18 +68,16 @@ def reselected(state: State, p: Tensor, before: Selection | None, after: Selecti
 
 
 def _widen(value: Tensor, p: Tensor, selection: Selection | None) -> Tensor:
-    """Compact to dense, (numel,) in memory order; zero where unselected."""
+    """Compact to dense, of the parameter's shape; zero where unselected."""
     if selection is None:
-        return value.permute(memory_order(p)).reshape(-1)
+        return value
     dense = torch.zeros(selection.numel, dtype=value.dtype, device=value.device)
     dense[selection.positions.to(value.device)] = value
-    return dense
+    return in_c_order(dense, p.shape, selection.order)
 
 
 def _narrow(dense: Tensor, p: Tensor, selection: Selection | None) -> Tensor:
-    """Dense, (numel,) in memory order, to the form of the selection."""
+    """Dense, of the parameter's shape, to the form of the selection."""
     if selection is not None:
-        return dense[selection.positions.to(dense.device)].to(state_dtype(p))
-    like = torch.empty_like(p, memory_format=torch.preserve_format)
-    like.permute(memory_order(p)).copy_(dense.view([p.shape[d] for d in memory_order(p)]))
-    return like
+        return dense.permute(selection.order).reshape(-1)[selection.positions.to(dense.device)].to(state_dtype(p))
+    return torch.empty_like(p, memory_format=torch.preserve_format).copy_(dense)

@@ -74,13 +74,14 @@ def held(content: StateDict, parameters: Sequence[Tensor], names: Sequence[Any],
 def _held(saved: State, p: Tensor, selection: Selection) -> dict[str, Any]:
     order = _memory_to_c(p, selection)
     content: dict[str, Any] = {key: value for key, value in saved.items() if key not in (*_COMPACT, "mask", "shape")}
-    for key in _COMPACT:
+    wide = state_dtype(p) is not p.dtype
+    for key in _COMPACT if wide else MOMENTS:
         if key in saved:
             value = saved[key].to(p.device, state_dtype(p), copy=True)
             if order is not None:
                 value = torch.empty_like(value).index_copy_(0, order.to(p.device), value)
             content[key] = _Held(value)
-    if "master" not in saved and state_dtype(p) is not p.dtype:
+    if "master" not in saved and wide:
         content["master"] = _Held(torch.zeros(selection.count, dtype=state_dtype(p), device=p.device))
     return content
 
@@ -111,7 +112,7 @@ def _check_mask(name: Any, p: Tensor, selection: Selection | None, saved: Mappin
             f"parameter {name}: saved with shape {tuple(saved['shape'].tolist())}, this is {tuple(p.shape)}"
         )
     bits = pack(bool_mask(p, selection)) ^ saved["mask"].cpu()
-    differing = int((bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1).sum())
+    differing = int((bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).sum())
     if differing:
         raise TalosError(
             f"parameter {name}: the state belongs to another mask ({differing} of {p.numel()} entries differ); "
@@ -123,6 +124,6 @@ def _memory_to_c(p: Tensor, selection: Selection) -> Tensor | None:
     """For each entry in C order its place among the entries in memory order; None if they are the same."""
     if selection.in_c_order:
         return None
-    number = torch.zeros(selection.numel, dtype=torch.int64)
-    number[selection.positions.cpu()] = torch.arange(selection.count)
+    number = torch.zeros(selection.numel, dtype=torch.int64, device="cpu")
+    number[selection.positions.cpu()] = torch.arange(selection.count, device="cpu")
     return in_c_order(number, p.shape, selection.order)[bool_mask(p, selection)]

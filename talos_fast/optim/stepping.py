@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from talos_fast import ops
 from talos_fast.indexing import gather, scatter_
-from talos_fast.optim.operator import corrections
+from talos_fast.optim.adam_operator import corrections
 from talos_fast.optim.plan import Selection
 from talos_fast.optim.state import Member, state_dtype
 
@@ -40,12 +40,12 @@ def step_others(
     for pair in pairs:
         member, gradient = pair
         if compiles and _fits(member, gradient):
-            compiled[member.state["step"].item(), member.parameter.dtype].append(pair)
+            compiled[member.state["step"].item(), member.parameter.dtype, "master" in member.state].append(pair)
         else:
             others.append(pair)
     if compiled and not (found_inf is not None and bool(found_inf)):
         divisor = 1.0 if scale is None else float(scale)
-        for (step, _), alike in compiled.items():
+        for (step, *_), alike in compiled.items():
             _step_compiled(alike, step + 1, group, divisor)
     if others:
         step_reference([m for m, _ in others], [gradient for _, gradient in others], group, scale, found_inf)
@@ -84,6 +84,7 @@ def _step_compiled(pairs: Sequence[tuple[Member, Tensor]], step: float, group: G
         grad_scale=divisor, maximize=group["maximize"],
         **corrections(step, group["lr"], beta1, beta2, group["weight_decay"]),
     )  # fmt: skip
+    torch.autograd.graph.increment_version([p for p, _ in ordered])  # the operator writes behind autograd's back
 
 
 def _in_memory_order(member: Member, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,8 @@ def step_reference(
     compact = [_compact_gradient(member, gradient) for member, gradient in zip(members, gradients, strict=True)]
     if scale is not None:
         # Not left to torch's fused step, which would write the quotients back into the gradients.
-        compact = [gradient / scale.to(gradient.device) for gradient in compact]
+        # Back to its dtype: where both are 0-d the quotient has the wider one.
+        compact = [(gradient / scale.to(gradient.device)).to(gradient.dtype) for gradient in compact]
     states = [member.state for member in members]
     beta1, beta2 = group["betas"]
     adamw(

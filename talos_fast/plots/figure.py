@@ -38,8 +38,13 @@ def save(figure: Any, path: str | Path) -> None:
     Raises:
         TalosError: a path that ends in none of these, or that cannot be written.
     """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
     kind = _kind(Path(path))
-    with atomic(Path(path)) as temporary:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names and paths may hold dollar signs
+    with atomic(Path(path)) as temporary, rc_context({"text.parse_math": False}):
         figure.savefig(temporary, dpi=130, format=kind)
 
 

@@ -11,7 +11,7 @@ from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.plots.figure import new_figure, save
 from talos_fast.plots.matrices import draw_matrix
-from talos_fast.structure import KINDS, density_by_kind, density_by_part
+from talos_fast.structure import KINDS, density_by_kind, density_by_part, parts
 
 COLUMNS = 48  # cells along the longer side of a weight's picture
 
@@ -42,8 +42,8 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
         table[kinds.index(kind), layers.index(layer)] = count.density
     by_layer = {layer: sum(c.selected for (number, _), c in counts.items() if number == layer) for layer in layers}
     block = max((layer for layer in layers if layer >= 0), key=lambda layer: by_layer[layer], default=-1)
-    marker = f".{block}."
-    weights = {name: mask for name, mask in masks.items() if marker in f".{name}" and mask.dim() >= 2}
+    matrices = {name: mask for name, mask in masks.items() if block >= 0 and mask.dim() >= 2}
+    weights = {name: m for name, m in matrices.items() if parts(name, tuple(m.shape))[0].layer == block}
     figure, axes = new_figure(3.2 * max(2, len(weights)), 6.4, nrows=2, ncols=max(1, len(weights)))
     grid = axes[0, 0].get_gridspec()
     for axis in axes[0]:
@@ -61,7 +61,8 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
     figure.colorbar(image, ax=top, label="fraction that trains")
     for axis, (name, mask) in zip(axes[1], weights.items(), strict=False):
         axis.imshow(_cells(mask).numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        axis.set_title(f"{name.split(marker)[-1]}\n{mask.float().mean():.2f} of {tuple(mask.shape)}", fontsize=8)
+        within = name.partition(f".{block}.")[2] or name
+        axis.set_title(f"{within}\n{mask.float().mean():.2f} of {tuple(mask.shape)}", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(title or f"mask structure; below: the weights of block {block}")

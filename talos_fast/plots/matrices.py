@@ -15,7 +15,7 @@ Values = Tensor | Sequence[Sequence[float]]
 
 def draw_matrix(
     figure: Any, axis: Any, values: Values, rows: Sequence[str], columns: Sequence[str], *,
-    label: str, limits: tuple[float, float] | None = None, diverging: bool = False, digits: int = 2,
+    label: str, limits: tuple[float, float] | None = None, diverging: bool = False,
 ) -> None:  # fmt: skip
     """One matrix as a heat map, every finite cell with its number in a colour that can be read on it."""
     table = np.asarray(values, dtype=float)
@@ -28,14 +28,12 @@ def draw_matrix(
             continue
         red, green, blue, _ = image.cmap(image.norm(value))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        text = f"{value:.{digits}f}"
-        axis.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if dark else "k")
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
     figure.colorbar(image, ax=axis, label=label)
 
 
 def plot_matrix(
     values: Values, path: str | Path, *, rows: Sequence[str], columns: Sequence[str], label: str, title: str = "",
-    axes_labels: tuple[str, str] = ("task vector", "task"), limits: tuple[float, float] | None = None, digits: int = 2,
 ) -> None:  # fmt: skip
     """One matrix, such as what `talos_fast.localization` gives.
 
@@ -46,17 +44,14 @@ def plot_matrix(
         columns: C names.
         label: what the numbers are.
         title: printed on top.
-        axes_labels: what the rows are, what the columns are.
-        limits: of the colours; default: those of the values.
-        digits: after the point.
 
     Raises:
         TalosError: matplotlib is missing, or the path cannot be written.
     """
     figure, axes = new_figure(3.2 + 0.62 * len(columns), 1.8 + 0.5 * len(rows))
-    draw_matrix(figure, axes[0, 0], values, rows, columns, label=label, limits=limits, digits=digits)
-    axes[0, 0].set_ylabel(axes_labels[0])
-    axes[0, 0].set_xlabel(axes_labels[1])
+    draw_matrix(figure, axes[0, 0], values, rows, columns, label=label)
+    axes[0, 0].set_ylabel("task vector")
+    axes[0, 0].set_xlabel("task")
     figure.suptitle(title)
     save(figure, path)
 

@@ -1,6 +1,7 @@
 """One training iteration as `finetune` runs it, phase by phase."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -55,8 +56,10 @@ class FinetuneIteration:
         known = set(self._named.values())
         held = (*self.setup.trained.values(), *self.setup.fixed)  # directions, factors and the start are no activations
         named = self._named | {str(number): t for number, t in enumerate(held) if t not in known}
-        work = count_work(self.forward_loss, named, masks)
-        if self.setup.info.get("linearized"):
+        linearized = self.setup.info.get("linearized")
+        with self.setup.around() if linearized else nullcontext():
+            work = count_work(self.forward_loss, named, masks)
+        if linearized:
             backward = work.done - work.forward
             work = replace(work, activation_gradients=backward, weight_gradients=0, selected_gradients=0)
         return work

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from talos_fast.calibrate import restored
 from talos_fast.environment import environment
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, labels_of, require_plain, to_device
-from talos_fast.kept import kept
+from talos_fast.kept import kept, restored
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
@@ -65,8 +65,8 @@ def profile(
     Example:
         >>> print(talos.profile(model, batches, mask=mask))  # doctest: +SKIP
     """
-    if rounds < 1 or warmup < 0:
-        raise TalosError(f"rounds={rounds}, warmup={warmup}: give one round or more, and no negative warm-up")
+    if not all(isinstance(value, Integral) for value in (rounds, warmup)) or rounds < 1 or warmup < 0:
+        raise TalosError(f"rounds={rounds}, warmup={warmup}: give integers, one round or more and no negative warm-up")
     if trace is not None and not Path(trace).resolve().parent.is_dir():
         raise TalosError(f"trace={trace}: its folder does not exist; make it first")
     if trace is not None and not Path(trace).name.endswith((".json", ".json.gz")):
@@ -76,8 +76,8 @@ def profile(
     options = Options(mask, density, finetuned, rank, lora_alpha)
     get_method(method).check(options)
     device = device_of(model)
-    batch = to_device(_first(batches), device)
     with _unchanged(model), restored(dict(model.named_parameters())):
+        batch = to_device(_first(batches), device)
         train_mode(model)
         bench = _Bench(model, batch, forward or default_forward, loss or F.cross_entropy, clip, amp, compile)
         for name in dict.fromkeys((BASELINE, method)):

@@ -13,6 +13,7 @@ they are up to 2 % of a row off, as much as fp16 itself is.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -48,12 +49,13 @@ class Axis:
 
     def tokens(self, tensor: Tensor, samples: int, features: int = 1) -> Tensor:
         """(N, T, *features) of a tensor (*rows, *features); a view where strides allow it."""
-        shape = tensor.shape[tensor.dim() - features :]
+        rows, shape = tensor.shape[: tensor.dim() - features], tensor.shape[tensor.dim() - features :]
+        count = prod(rows) // samples  # not -1, which is ambiguous where there are no features
         if samples == 1:
-            return tensor.reshape(1, -1, *shape)
+            return tensor.reshape(1, count, *shape)
         split = (samples, -1) if self.major else (-1, samples)
         apart = tensor.unflatten(self.dim, split).movedim(self.dim + (not self.major), 0)
-        tokens: Tensor = apart.reshape(samples, -1, *shape)
+        tokens: Tensor = apart.reshape(samples, count, *shape)
         return tokens
 
     def owners(self, rows: Sequence[int], samples: int, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.plan.changing = self.plan.changing or chooses_rows(func, args)
+        self.plan.changing = self.plan.changing or chooses_rows(func, args, kwargs)
         tracked = self._tracked(args) + (self._tracked(kwargs.values()) if kwargs else [])
         if not tracked or func in CUTTING:
             return func(*args, **kwargs)
@@ -133,6 +133,8 @@ class Capture(TorchFunctionMode):
         self._handled += [id(alias.tensor) for alias, _ in pairs]
         if not pairs or not torch.is_grad_enabled():
             return output  # without a graph no gradient comes back; a graph made later is not ours to see
+        if output.is_nested:
+            raise UncoveredError("a nested tensor, whose rows have no axis of samples")
         with torch.no_grad():
             rows = view(output).shape
         rows = rows[: len(rows) - features]
@@ -145,6 +147,9 @@ class Capture(TorchFunctionMode):
         self._observer.expect(output)
         for alias in call.aliases:
             self._expected[alias.name] = self._expected.get(alias.name, 0) + 1
+        if output.requires_grad and output._is_view():
+            # Writing to a view, as q *= scale does, replaces its place in the graph, and a hook there is never called.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         if not output.requires_grad:
             return tapped(self._anchor, output, call.aliases, partial(self._receive, call))
         output.register_hook(partial(self._receive, call))

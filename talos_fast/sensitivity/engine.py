@@ -16,17 +16,19 @@ from talos_fast.forward import (
     Batch,
     Batches,
     Forward,
-    checked_logits,
+    check_logits,
     default_forward,
     device_of,
+    differentiable,
     labels_of,
+    logits_of,
     to_device,
     usable_device,
 )
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, check_probed, injected, probe
-from talos_fast.sensitivity.evaluation import differentiable, evaluating
+from talos_fast.sensitivity.evaluation import evaluating
 from talos_fast.sensitivity.examine import SAMPLES, examine
 from talos_fast.sensitivity.per_sample import add_squares_by_func
 from talos_fast.sensitivity.ranks import Ranks
@@ -217,7 +219,8 @@ class Scorer:
             done[name] += 1
 
         with Capture(captured, len(labels_of(batch, where)), self.plan, square) as capture:
-            logits, labels = checked_logits(self.forward, self.model, batch, where)
+            logits, labels = logits_of(self.forward, self.model, batch, where)
+        check_logits(logits, labels, where)
         check_probed(self.estimator, logits, sampled, where)
         # Squares of derivatives average over the repeats.
         probes = [probe(self.estimator, logits, labels, sampled, d) / self.repeats**0.5 for d in draws]

@@ -7,18 +7,12 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, map_tensors
 
 CACHE = "attention_bias_cache"
 """timm's name for it."""
-
-
-def differentiable(batch: Batch) -> Batch:
-    """The batch with copies of tensors that were made under `torch.inference_mode`, which autograd refuses."""
-    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 @contextmanager
@@ -32,12 +26,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval().requires_grad_(False)
+        for module in modes:  # not eval(), which some overrule to fold weights into one another, as LoRA layers do
+            module.training = False
+        model.requires_grad_(False)
         _refuse_batch_statistics(model)
         # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
         torch.backends.mha.set_fastpath_enabled(False)
-        eager = torch.compiler.set_stance("force_eager")
-        with torch.inference_mode(False), torch.enable_grad(), eager, without_checkpointing(), _without_caches(model):
+        eager, plain = torch.compiler.set_stance("force_eager"), without_checkpointing()
+        mended = _without_caches(model), _sound_batch_norms(model)
+        with torch.inference_mode(False), torch.enable_grad(), eager, plain, mended[0], mended[1]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -58,6 +55,23 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
         for module, hook in zip(caching, hooks, strict=True):
             hook.remove()
             getattr(module, CACHE).clear()
+
+
+@contextmanager
+def _sound_batch_norms(model: nn.Module) -> Iterator[None]:
+    """Gives batch norms contiguous gradients: torch 2.14's on the CPU are wrong for one sample in another layout."""
+
+    def watch(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(Tensor.contiguous)
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_hook(watch) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

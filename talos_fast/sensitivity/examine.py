@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward, checked_logits, labels_of, take
+from talos_fast.forward import Batch, Forward, check_logits, labels_of, logits_of, take
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.per_sample import gradients_one_by_one
@@ -87,7 +87,7 @@ def examine(
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         expected[name] = Sketch.of(wide.square()).plus(expected.get(name))
 
-    for n, alone in enumerate(gradients_one_by_one(model, parameters, forward, few, probe, receive)):
+    for n, alone in enumerate(gradients_one_by_one(model, parameters, forward, batch, probe, receive, size=samples)):
         if float((alone - logits[n]).abs().max()) > tolerance * (1 + float(logits.abs().max())):
             raise TalosError(
                 f"{where}: logits change with the other samples of the batch, so there is no gradient per sample; "
@@ -126,7 +126,8 @@ def _captured(
 
     tracked = {name: p for name, p in parameters.items() if name not in plan.uncovered}
     with Capture(tracked, len(labels_of(batch, where)), plan, square, exploring=True) as capture:
-        logits, _ = checked_logits(forward, model, batch, where)
+        logits, labels = logits_of(forward, model, batch, where)
+    check_logits(logits, labels, where)
     probe = torch.linspace(-1.0, 1.5, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
     capture.run(logits, [probe], generator)
     return sketches, logits.detach(), probe

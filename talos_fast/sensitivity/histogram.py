@@ -55,8 +55,4 @@ def _in_torch(counts: Tensor, scores: Tensor, digit: int, prefix: int) -> None:
     radix_histogram_reference(counts, scores, digit, prefix)
 
 
-_library = torch.library.Library("talos_fast", "FRAGMENT")
-if ops.backend("cpu") == "torch":
-    _library.define(_SCHEMA)
-_library.impl("radix_histogram_", _in_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("talos_fast::radix_histogram_", _check, lib=_library)
+ops.register(_SCHEMA, _in_torch, _check)

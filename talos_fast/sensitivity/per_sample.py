@@ -37,18 +37,17 @@ def add_squares_by_func(
     chunk = max(1, CHUNK_ENTRIES // sum(parameter.numel() for parameter in parameters.values()))
     for start in range(0, samples, chunk):
         stop = min(samples, start + chunk)
-        part = take(batch, start, stop, samples)
         try:
-            found = _by_vmap(model, parameters, forward, part, probe[start:stop])
-        except torch.OutOfMemoryError:
+            found = _by_vmap(model, parameters, forward, batch, probe, range(start, stop))
+        except (torch.OutOfMemoryError, TalosError):
             raise
-        except RuntimeError as refusal:
+        except Exception as refusal:  # of torch, or of a model that asks for values and does not get them
             logger.info("vmap refuses this model (%s); one backward a sample instead", str(refusal).split("\n")[0])
 
             def receive(name: str, gradient: Tensor) -> None:
                 ledger[name].add(gradient.to(ledger[name].values.dtype).square())
 
-            for _ in gradients_one_by_one(model, parameters, forward, part, probe[start:stop], receive):
+            for _ in gradients_one_by_one(model, parameters, forward, batch, probe, receive, range(start, stop)):
                 pass
             continue
         for name, gradients_of_all in found.items():
@@ -56,7 +55,12 @@ def add_squares_by_func(
 
 
 def _by_vmap(
-    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    forward: Forward,
+    batch: Batch,
+    probe: Tensor,
+    numbers: range,
 ) -> dict[str, Tensor]:
     """Name -> per-sample gradients (N, *shape), by ``vmap(grad)``."""
     rows: list[Tensor] = []
@@ -66,7 +70,7 @@ def _by_vmap(
 
     def collect(tensor: Tensor) -> Tensor:
         if is_led_by_samples(tensor):
-            rows.append(tensor)
+            rows.append(tensor[numbers.start : numbers.stop])
         return tensor
 
     map_tensors(collect, batch)
@@ -80,8 +84,23 @@ def _by_vmap(
 
     tracked = {name: parameter.detach() for name, parameter in parameters.items()}
     per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
-    with patch.object(nn.Module, "_apply", _refuse_to_cast):
-        return per_sample(tracked, probe, *rows)
+    with patch.object(nn.Module, "_apply", _refuse_to_cast), _unwritten(model):
+        return per_sample(tracked, probe[numbers.start : numbers.stop], *rows)
+
+
+@contextmanager
+def _unwritten(model: nn.Module) -> Iterator[None]:
+    """Takes back what the forward wrote into modules, such as attention maps: a transform's tensors die with it."""
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in plain]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _refuse_to_cast(module: nn.Module, *args: object, **kwargs: object) -> None:
@@ -91,15 +110,16 @@ def _refuse_to_cast(module: nn.Module, *args: object, **kwargs: object) -> None:
 
 def gradients_one_by_one(
     model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, probe: Tensor,
-    receive: Callable[[str, Tensor], object],
+    receive: Callable[[str, Tensor], object], numbers: range | None = None, size: int | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """For each sample, in a batch of its own: its logits (K,), after all its gradients went to ``receive``.
 
     A gradient is received by name as soon as it is complete, and then freed: no two are held at once.
     """
-    for n, coefficients in enumerate(probe):
+    for n in numbers or range(len(probe)):
+        coefficients = probe[n]
         with _receiving(parameters, receive):
-            single = forward(model, take(batch, n, n + 1, len(probe)))
+            single = forward(model, take(batch, n, n + 1, size or len(probe)))
             if not single.requires_grad:
                 raise TalosError("the logits do not depend on any maskable parameter; pass include= with others")
             (single[0] * coefficients).sum().backward()
@@ -118,11 +138,12 @@ def _receiving(parameters: Mapping[str, Tensor], receive: Callable[[str, Tensor]
     def hook(name: str) -> Callable[[Tensor], None]:
         def taken(tensor: Tensor) -> None:
             assert tensor.grad is not None
+            gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
             if name in received:
                 raise TalosError(f"{name!r} gets its gradient in parts, from a backward inside the backward; call the "
                                  "model without its checkpointing: smaller batches save as much")  # fmt: skip
             received.add(name)
-            receive(name, tensor.grad)
+            receive(name, gradient)
             tensor.grad = None
 
         return taken

@@ -1,6 +1,6 @@
 """The registry of rules: which torch functions capture understands, and how users teach it more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,14 +20,21 @@ CUTTING: set[Callable[..., Any]] = {torch.Tensor.detach, torch.detach, torch.Ten
 CHOOSING: set[Callable[..., Any]] = {
     torch.nonzero, torch.Tensor.nonzero, torch.masked_select, torch.Tensor.masked_select,
     torch.argsort, torch.Tensor.argsort, torch.sort, torch.Tensor.sort, torch.unique, torch.Tensor.unique,
+    torch.argwhere, torch.Tensor.argwhere, torch.msort, torch.Tensor.msort, torch.topk, torch.Tensor.topk,
+    torch.unique_consecutive, torch.Tensor.unique_consecutive,
+    torch._C._VariableFunctions._pack_padded_sequence, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__,
+    torch.Tensor.item, torch.Tensor.__index__, torch.Tensor.__int__,
 }  # fmt: skip
 """Functions by which values decide which rows there are, or in which order: tokens without padding, experts."""
 
 
-def chooses_rows(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+def chooses_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether what the result's rows stand for depends on values."""
     if func is torch.where:
         return len(args) == 1
+    if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
+        counts = kwargs.get("repeats", args[-1] if len(args) < 2 else args[1])
+        return isinstance(counts, Tensor) and counts.numel() > 1
     if func is not torch.Tensor.__getitem__:
         return func in CHOOSING
     index = args[1] if isinstance(args[1], tuple) else (args[1],)

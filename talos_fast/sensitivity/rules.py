@@ -27,6 +27,8 @@ def _sum(g: Tensor, split: Split) -> PerSample:
 @rule(F.linear)
 def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b."""
+    if weight.dim() != 2 or input.is_complex():
+        raise UncoveredError("a linear map with a vector, or of complex numbers")
     capture.matrix(weight)
     output = F.linear(input, weight, bias)
     return capture.use(output, {weight: lambda g, split: Outer(split(input), split(g)), bias: _sum}, input)
@@ -35,7 +37,7 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
 @rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 def matmul(capture: Capture, input: Tensor, other: Tensor) -> Tensor:
     """x W, W (I, O); the rows of W are the inputs, so the two sides of the outer product change places."""
-    if other.dim() != 2 or capture.alias(input) is not None or input.dim() < 2:
+    if other.dim() != 2 or capture.alias(input) is not None or input.dim() < 2 or input.is_complex():
         raise UncoveredError("a matmul in which the parameter is not a matrix on the right")
     capture.matrix(other)
     output = input @ other

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from talos_fast.ops import accumulate_squared_per_sample_
+from talos_fast.sensitivity.accumulate import accumulate_squared_per_sample_
 
 Precision = Literal["full", "bf16"]
 
@@ -141,8 +141,9 @@ def add_squares(uses: Sequence[Use], into: Accumulator, precision: Precision) ->
     if lookups and into.rows is None and len(whole) <= 1 and len(lookups) + len(outers) == len(uses):
         _add_table(lookups, whole, into, precision)
         return
-    for n in range(_samples(uses[0])):
-        gradient = torch.zeros(prod(into.shape), dtype=into.values.dtype, device=_device(uses[0]))
+    grads = uses[0].grads
+    for n in range(len(grads)):
+        gradient = torch.zeros(prod(into.shape), dtype=into.values.dtype, device=grads.device)
         for use in uses:
             use.add_to(gradient, n)
         into.add(gradient.square_())
@@ -187,14 +188,6 @@ def _add_table(lookups: Sequence[Lookup], whole: Sequence[Outer], into: Accumula
         for use in whole:
             extra.addcmul_(rows, use.grads[n, :, tokens].to(wide).t() @ use.inputs[n].to(wide), value=2)
         into.values.index_add_(0, tokens.to(into.values.device), extra.to(into.values.device))
-
-
-def _samples(use: Use) -> int:
-    return use.grads.shape[0]
-
-
-def _device(use: Use) -> torch.device:
-    return use.grads.device
 
 
 def transposed(use: Outer) -> Outer:

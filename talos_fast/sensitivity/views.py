@@ -69,14 +69,15 @@ def expand_as(capture: Capture, input: Tensor, other: Tensor) -> Tensor:
 
 
 @rule(torch.broadcast_to, torch.Tensor.broadcast_to)
-def broadcast_to(capture: Capture, input: Tensor, size: Any) -> Tensor:
+def broadcast_to(capture: Capture, input: Tensor, *size: Any, **named: Any) -> Tensor:
     """As `expand`."""
-    return capture.expand(input, torch.Size(size))
+    return capture.expand(input, input.detach().broadcast_to(*size, **named).shape)
 
 
 @rule(torch.Tensor.repeat)
-def repeat(capture: Capture, input: Tensor, *sizes: Any) -> Tensor:
+def repeat(capture: Capture, input: Tensor, *sizes: Any, **named: Any) -> Tensor:
     """As `expand`, where only dimensions of size 1 are repeated."""
+    sizes = sizes or tuple(named.values())
     times = tuple(sizes[0]) if isinstance(sizes[0], list | tuple) else sizes
     padded = (1,) * (len(times) - input.dim()) + tuple(input.shape)
     if any(size != 1 and count != 1 for size, count in zip(padded, times, strict=True)):

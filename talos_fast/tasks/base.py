@@ -135,6 +135,18 @@ class Task:
             )
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuses tasks whose results could not be told apart: those are kept by name, in files too.
+
+    Raises:
+        TalosError: two of the same name, or one that is no file's.
+    """
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise TalosError(f"two tasks are called {repeated[0]!r}; results are kept by name: rename one folder")
+    if unfit := [name for name in names if name in ("", ".", "..") or set(name) & set("/\\")]:
+        raise TalosError(f"a task is called {unfit[0]!r}; results are kept in files of its name: give it another")
+
+
 def _check_inputs(inputs: object) -> None:
     if isinstance(inputs, np.ndarray):
         if inputs.dtype != np.uint8 or inputs.ndim != 4 or inputs.shape[-1] != 3:

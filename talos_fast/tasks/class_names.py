@@ -70,7 +70,7 @@ def _read_classes(path: Path) -> tuple[str, ...] | None:
     if not listing.is_file():
         return None
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TalosError(f"{listing}: not a UTF-8 text file ({error}); write it again") from error
     names = tuple(line.strip() for line in lines if line.strip())

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zipfile
 import zlib
 from collections import defaultdict
@@ -33,7 +34,7 @@ def load(
     Three forms are known:
 
     - a folder in the ImageFolder layout, `train/<class>/*.png` and so on, with `val`, `valid`, `validation` or `dev`
-      and `test` beside `train`;
+      and `test` beside `train`; images in folders within a class folder are of that class, hidden ones are none;
     - `.npz` with uint8 images `x_train`, `x_val`, `x_test`, of shape (N, H, W) or (N, H, W, 3), and labels `y_train`,
       `y_val`, `y_test`;
     - `.jsonl` or `.jsonl.gz` with one `{"split": ..., "text": ..., "label": ...}` a line, labels as indices or names.
@@ -55,7 +56,7 @@ def load(
         TalosError: a file that is missing, cut off, empty or of another form, or class names that are not known.
     """
     path = Path(path)
-    about = describe(path, name, class_names, templates)
+    about = describe(Path(os.path.abspath(path)), name, class_names, templates)  # "." and ".." are no names
     names = about.class_names
     if path.is_dir():
         found, names = _read_folder(path, names)
@@ -80,7 +81,7 @@ def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, S
     roots = {ALIASES[d.name.lower()]: d for d in sorted(path.iterdir()) if d.is_dir() and d.name.lower() in ALIASES}
     if "train" not in roots:
         raise TalosError(f"{path}: found no train folder; lay images out as train/<class>/*.png and test/<class>/*.png")
-    classes = sorted(d.name for d in roots["train"].iterdir() if d.is_dir())
+    classes = [folder.name for folder in _class_folders(roots["train"])]
     if not classes:
         raise TalosError(f"{roots['train']}: found no class folders; lay images out as train/<class>/*.png")
     if names is None:
@@ -90,16 +91,28 @@ def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, S
             f"class_names: found {len(names)} names for the {len(classes)} folders of {roots['train']}; "
             "give one a folder, in the order of the sorted folder names"
         )
-    return {split: _read_class_folders(root, classes) for split, root in roots.items()}, names
+    found = {split: _read_class_folders(root, classes) for split, root in roots.items()}
+    if empty := sorted(set(range(len(classes))) - set(found["train"].labels.tolist())):
+        raise TalosError(
+            f"{roots['train'] / classes[empty[0]]}: found no images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
+            "add some, or remove the folder"
+        )
+    return found, names
+
+
+def _class_folders(root: Path) -> list[Path]:
+    """All but hidden ones, such as .ipynb_checkpoints."""
+    return sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def _read_class_folders(root: Path, classes: list[str]) -> Split:
     inputs: list[Path] = []
     labels: list[int] = []
-    for folder in sorted(d for d in root.iterdir() if d.is_dir()):
+    for folder in _class_folders(root):
         if folder.name not in classes:
             raise TalosError(f"{folder}: train has no class {folder.name!r}; use the same class folders in every split")
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        below = (f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
+        files = sorted(f for f in below if not any(part[0] == "." for part in f.relative_to(folder).parts))
         inputs.extend(files)
         labels.extend([classes.index(folder.name)] * len(files))
     if not inputs:
@@ -162,9 +175,14 @@ def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Sp
 def _lines(path: Path) -> list[str]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8").split("\n")  # not splitlines: texts may hold U+2028
+        return raw.decode("utf-8-sig").split("\n")  # not splitlines: texts may hold U+2028
     except (EOFError, zlib.error, OSError, UnicodeDecodeError) as error:
         raise TalosError(f"{path}: not a whole UTF-8 text file ({error}); write it again") from error
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string of whole characters: JSON can spell halves, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:
@@ -178,7 +196,7 @@ def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:
     split, text, label = ALIASES.get(str(row["split"]).lower()), row["text"], row["label"]
     if split is None:
         raise TalosError(f"{where}: found the split {row['split']!r}; use train, validation or test")
-    if not isinstance(text, str) or isinstance(label, bool) or not isinstance(label, int | str):
+    if not _is_text(text) or isinstance(label, bool) or not isinstance(label, int | str):
         raise TalosError(
             f"{where}: found text {text!r:.30} and label {label!r:.40}; give a string and an index or name"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from talos_fast import ops
 from talos_fast.errors import TalosError
-from talos_fast.optim.plan import BLOCK
+from talos_fast.optim.plan import places
 
 _SCHEMA = (
     "masked_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -58,9 +58,9 @@ def _update(
     master: Tensor | None, work: Tensor, index: Tensor | None, *, decay: float, beta1: float, beta2: float,
     step_size: float, correction: float, eps: float, grad_scale: float, maximize: bool,
 ) -> None:  # fmt: skip
-    places = _places(work, index)
-    entries = param.view(-1)[places]
-    g = grad.view(-1) if _is_compact(grad, param, exp_avg) else grad.view(-1)[places]
+    chosen = places(work, index)
+    entries = param.view(-1)[chosen]
+    g = grad.view(-1) if _is_compact(grad, param, exp_avg) else grad.view(-1)[chosen]
     p, g = entries.to(exp_avg.dtype), g.to(exp_avg.dtype)
     if master is not None:
         p = torch.where(master.to(param.dtype) == entries, master, p)
@@ -72,7 +72,7 @@ def _update(
         torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
     top = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
     p.addcdiv_(exp_avg, (top.sqrt() / correction).add_(eps), value=-step_size)
-    param.view(-1)[places] = p.to(param.dtype)
+    param.view(-1)[chosen] = p.to(param.dtype)
     if master is not None:
         master.copy_(p)
 
@@ -105,23 +105,8 @@ def corrections(t: float, lr: float | Tensor, beta1: float, beta2: float, weight
     }
 
 
-def _places(work: Tensor, index: Tensor | None) -> Tensor:
-    counts = work[:, 3]
-    if index is not None and index.dtype is torch.uint8:
-        bits = index.view(-1, BLOCK // 8, 1) >> torch.arange(8, dtype=torch.uint8, device=index.device) & 1
-        return (work[:, :1] + torch.arange(BLOCK, device=index.device))[bits.view(-1, BLOCK).bool()]
-    if index is None:
-        within = torch.arange(int(counts.sum()), device=work.device)
-        return within + torch.repeat_interleave(work[:, 0] - work[:, 2], counts)
-    return torch.repeat_interleave(work[:, 0], counts) + (index.long() & 0xFFFF)
-
-
 def _fake(*_args: object, **_kwargs: object) -> None:
     """Nothing comes out: the operator writes in place."""
 
 
-_library = torch.library.Library("talos_fast", "FRAGMENT")
-if ops.backend("cpu") == "torch":
-    _library.define(_SCHEMA)
-_library.impl("masked_adam_", masked_adam_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("talos_fast::masked_adam_", _fake, lib=_library)
+ops.register(_SCHEMA, masked_adam_reference, _fake)

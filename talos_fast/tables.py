@@ -1,0 +1,30 @@
+"""Printing tables of results to a terminal or a file."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from talos_fast import report
+from talos_fast.study_plan import StudyResult
+
+PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+
+
+def show(*things: Table | str) -> None:
+    """Prints tables as wide as they must be, for a number or a name that is cut off says nothing, and texts."""
+    for thing in things:
+        console = Console(markup=False, emoji=False)  # names of tasks and folders are no markup
+        if isinstance(thing, Table):
+            wanted = console.measure(thing, options=console.options.update_width(10_000)).maximum
+            console.width = max(console.width, wanted)
+        console.print(thing)
+
+
+def show_means(result: StudyResult) -> None:
+    """Prints a study's methods, a row each, and what the columns mean."""
+    table = Table(*report.COLUMNS, title="means over tasks, test accuracy in %", **PLAIN)
+    for row in report.rows(result):
+        table.add_row(*row)
+    show(table, report.COLUMNS_MEANING)

@@ -1,0 +1,248 @@
+"""What happens around an optimizer in long-lived programs: other defaults and layouts, frozen and given-up things."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adam_cases import CLOSE_ON, device_of
+from torch import nn
+from torch.optim import AdamW
+
+from talos_fast import Mask, MaskedAdam, TalosError
+from talos_fast.optim import to_adamw
+from talos_fast.optim.compact_gradient import CompactGradient
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def linear(place: str = "cpu") -> tuple[nn.Linear, torch.Tensor]:
+    """A layer without a bias, and a mask of about half of it."""
+    net = nn.Linear(4, 4, bias=False, device=device_of(place))
+    net.weight.data.copy_(drawn(4, 4))
+    return net, drawn(4, 4, seed=1) > 0
+
+
+def backward(net: nn.Linear) -> None:
+    net(torch.ones(1, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+def test_steps_are_the_same_under_another_default_dtype(default, place):
+    start, mask = drawn(40), drawn(40, seed=1) > 0
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        p, q = (nn.Parameter(start.to(device_of(place), copy=True)) for _ in range(2))
+        optimizer, oracle = MaskedAdam([p], lr=1e-2, masks=[mask]), AdamW([q], lr=1e-2)
+        for number in range(3):
+            p.grad = drawn(40, seed=2 + number).to(p.device)
+            q.grad = p.grad.clone()
+            optimizer.step()
+            oracle.step()
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(p[mask], q[mask], **CLOSE_ON[place])
+    assert torch.equal(p[~mask].cpu(), start[~mask])
+
+
+def test_a_default_device_reaches_nothing():
+    p, mask = nn.Parameter(drawn(20)), drawn(20, seed=1) > 0
+    optimizer = MaskedAdam([p], masks=[mask])
+    p.grad = drawn(20, seed=2)
+    optimizer.step()
+    with torch.device("meta"):
+        optimizer.step()
+        MaskedAdam([p], masks=[mask]).load_state_dict(optimizer.state_dict())
+        with pytest.raises(TalosError, match="another mask"):
+            MaskedAdam([p], masks=[~mask]).load_state_dict(optimizer.state_dict())
+
+
+CARRIED = {
+    "kept": lambda net, optimizer, mask: (net, optimizer),
+    "deepcopy": lambda net, optimizer, mask: copy.deepcopy((net, optimizer)),
+    "pickle": lambda net, optimizer, mask: pickle.loads(pickle.dumps((net, optimizer))),
+    "same masks": lambda net, optimizer, mask: optimizer.set_masks([mask]) or (net, optimizer),
+    "no masks and back": lambda net, optimizer, mask: (
+        optimizer.set_masks({}) or optimizer.set_masks([mask]) or (net, optimizer)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", CARRIED)
+def test_moments_stay_with_their_entries_when_the_layout_changes(how, place):
+    weight, mask = nn.Parameter(drawn(4, 4, 3, 3).to(device_of(place))), drawn(4, 4, 3, 3, seed=1) > 0
+    net = nn.ParameterList([weight])
+    twin = nn.Parameter(weight.detach().clone())
+    optimizer, oracle = MaskedAdam([weight], lr=0.1, masks=[mask]), AdamW([twin], lr=0.1)
+    weight.data = weight.data.to(memory_format=torch.channels_last)  # after the optimizer has counted the entries
+    for number in range(4):
+        if number == 2:
+            net, optimizer = CARRIED[how](net, optimizer, mask)
+        net[0].grad, twin.grad = (drawn(4, 4, 3, 3, seed=2 + number).to(twin.device) for _ in range(2))
+        optimizer.step()
+        oracle.step()
+    torch.testing.assert_close(net[0][mask], twin[mask], **CLOSE_ON[place])
+    moments = to_adamw(optimizer.state_dict())["state"][0]["exp_avg"]
+    torch.testing.assert_close(moments[mask], oracle.state[twin]["exp_avg"][mask], **CLOSE_ON[place])
+
+
+def test_a_model_that_the_mask_has_frozen_can_be_compacted():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in net.named_parameters()}
+    masks["0.weight"][0] = True
+    Mask(masks).freeze(net)
+    optimizer = MaskedAdam(net.named_parameters(), masks=masks)
+    handle = optimizer.compact_gradients()
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["0.weight"]
+    net[1].weight.requires_grad_()
+    net(torch.ones(1, 4)).sum().backward()
+    assert isinstance(net[0].weight.grad, CompactGradient) and isinstance(net[1].weight.grad, CompactGradient)
+    handle.remove()
+    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+def test_a_handle_outlives_a_change_of_masks():
+    net, mask = linear()
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    handle = optimizer.compact_gradients()
+    optimizer.set_masks([~mask])
+    backward(net)
+    assert net.weight.grad.selection.count == int((~mask).sum())
+    handle.active, net.weight.grad = False, None
+    optimizer.set_masks([mask])
+    backward(net)
+    assert not isinstance(net.weight.grad, CompactGradient)
+    handle.active, net.weight.grad = True, None
+    handle.remove()
+    optimizer.set_masks([~mask])
+    backward(net)
+    assert not isinstance(net.weight.grad, CompactGradient)
+
+
+def test_what_is_not_active_compacts_nothing_and_sums_stay_right():
+    net, mask = linear()
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    handle = optimizer.compact_gradients()
+    handle.active = False
+    with optimizer.selected_rows():
+        backward(net)
+    assert not isinstance(net.weight.grad, CompactGradient)
+    net.weight.grad = None
+    backward(net)
+    handle.active = True
+    with optimizer.selected_rows():
+        backward(net)
+    assert net.weight.grad.values.tolist() == [2.0] * int(mask.sum())
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_context_that_is_kept_knows_the_new_masks(compact):
+    net, mask = linear()
+    optimizer = MaskedAdam([net.weight], lr=0.1, masks=[mask])
+    rows = optimizer.selected_rows()
+    if compact:
+        optimizer.compact_gradients()
+    optimizer.set_masks([~mask])
+    before = net.weight.detach().clone()
+    with rows:
+        backward(net)
+    optimizer.step()
+    assert torch.equal(net.weight != before, ~mask)
+
+
+def test_a_pending_gradient_of_other_masks_is_refused_by_name():
+    net, mask = linear()
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    optimizer.compact_gradients()
+    backward(net)
+    with pytest.raises(TalosError, match="by another optimizer, or for another mask"):
+        MaskedAdam(net.parameters()).step()
+    optimizer.set_masks({})
+    with pytest.raises(TalosError, match="by another optimizer, or for another mask"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_a_scalar_without_a_mask_is_clipped_in_its_own_dtype(fused, dtype, place):
+    w = nn.Parameter(torch.ones(4, dtype=dtype, device=device_of(place)))
+    s, t = (nn.Parameter(torch.full((), 2.0, dtype=dtype, device=device_of(place))) for _ in range(2))
+    optimizer = MaskedAdam([w, s], lr=0.1, masks={w: torch.tensor([True, False, True, False])}, fused=fused)
+    oracle = AdamW([t], lr=0.1, fused=False)
+    w.grad, s.grad = torch.ones_like(w), torch.full_like(s, 3.0)
+    norm = optimizer.clip_grad_norm_(1.0)
+    t.grad = (s.grad / norm).to(dtype)
+    optimizer.step()
+    oracle.step()
+    torch.testing.assert_close(s, t)
+
+
+def test_half_precision_state_goes_on_in_full_precision(place):
+    def mixed() -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(device_of(place))
+        net[0].to(torch.bfloat16)
+        return net
+
+    net = mixed()
+    masks = {name: torch.ones_like(p, dtype=torch.bool).cpu() for name, p in net.named_parameters()}
+    masks["0.weight"][0] = False
+    optimizer = MaskedAdam(net.named_parameters(), masks=masks)
+    for step, target in enumerate((net, net.float())):
+        for number, p in enumerate(target.parameters()):
+            p.grad = drawn(*p.shape, seed=10 * step + number).to(p)
+        optimizer.step()
+    fresh = MaskedAdam((wide := mixed().float()).named_parameters(), masks=masks)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert not any("master" in fresh.state[p] for p in wide.parameters())
+    for number, p in enumerate(wide.parameters()):
+        p.grad = drawn(*p.shape, seed=number).to(p)
+    fresh.step()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_graph_that_outlived_a_step_is_not_differentiated(fused, place):
+    w = nn.Parameter(drawn(4, 4).to(device_of(place)))
+    optimizer = MaskedAdam([w], lr=0.1, masks=[drawn(4, 4, seed=1) > 0], fused=fused)
+    loss = (w @ w).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_passes_are_counted_from_the_last_step_or_reset(accumulate, set_to_none):
+    net, mask = linear()
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    optimizer.compact_gradients(norm="all", accumulate=accumulate)
+    whole = 4.0 * accumulate  # of sixteen ones, added up
+    for given_up in (True, False, False):
+        for _ in range(accumulate - given_up):
+            backward(net)
+        if not given_up:
+            assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(whole)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_a_bias_that_broadcasts_has_its_whole_gradient():
+    weight, bias = nn.Parameter(drawn(6, 4)), nn.Parameter(torch.zeros(1))
+    mask = torch.zeros(6, 4, dtype=torch.bool)
+    mask[1:3] = True
+    optimizer = MaskedAdam([weight, bias], masks=[mask, torch.ones(1, dtype=torch.bool)])
+    with optimizer.selected_rows():
+        F.linear(drawn(3, 4, seed=1), weight, bias).sum().backward()
+    assert bias.grad.item() == 18
+
+
+@pytest.mark.parametrize("masks", [[None], {0: torch.ones(4, dtype=torch.bool)}, [[True] * 4]])
+def test_what_is_no_mask_is_refused_and_leaves_no_group(masks):
+    optimizer = MaskedAdam([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(TalosError, match="mask of"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4))], "masks": masks})
+    assert len(optimizer.param_groups) == 1
