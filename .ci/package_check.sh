@@ -36,6 +36,7 @@ oldest -m pip uninstall --quiet --yes setuptools
 oldest -m pip install --quiet --disable-pip-version-check --no-deps torch==2.11.0 triton==3.6.0 torchvision==0.26.0
 oldest -m pytest -q -p no:cacheprovider tests/test_{abi,adamw_contract,ops,masked_adam,compact_operator}.py
 oldest -m pytest -q -p no:cacheprovider tests/test_{methods_checkpointed,whole_step}.py -k "clip and (gradients or compile and True)"
+oldest -m pytest -q -p no:cacheprovider tests/test_finetune.py -k "test_compiled and l-lora"
 rm -rf "$root/build"
 oldest -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$scratch/oldest" .
 compiled() { "$python" -m zipfile -l "$1" | grep -o 'talos_fast/_C[^ ]*'; }  # a library that fails is left out

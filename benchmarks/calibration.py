@@ -54,6 +54,8 @@ def test_time(model: str, group: str, request: pytest.FixtureRequest) -> None:
         pytest.skip(f"the peers' libraries are measured on {PEERS[0]}")
     option = request.config.option
     wanted = option.only
+    if not any(wanted in name for name, _ in contenders(group)):
+        pytest.skip(f"no way among {group} has {wanted} in its name")
     for size in [option.batch] if option.batch else sizes(group, model):
         torch.manual_seed(0)
         subject = SUBJECTS[model](size).to(DEVICE)

@@ -60,6 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if not option.benchmark:
         return
+    if option.preset in ("cpu", "smoke") and option.device != "cuda":  # a GPU that is there is not meant
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # in processes that it starts, too
     import torch
     from choice import choice
 

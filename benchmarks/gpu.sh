@@ -86,9 +86,6 @@ print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
 }
 
 build() {
-  if [ -n "${WHEELS:-}" ]; then
-    run wheels "$python" -m pip install --no-index --no-deps --upgrade --target "$site" "$WHEELS"/*.whl || return
-  fi
   # TALOS_CUDA=1: a CUDA library that does not build is an error here, not a fallback.
   TALOS_CUDA=1 run build "$python" -m pip install --no-index --no-build-isolation --no-deps -e . || return
   built || fail "build: FAILED, talos_fast has no CUDA operators; see build.txt"
@@ -154,6 +151,9 @@ if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
   exit 2
 fi
 machine 2>&1 | tee "$out/machine.txt"
+if [ -n "${WHEELS:-}" ]; then  # whatever the parts are: another call may have built without them
+  run wheels "$python" -m pip install --no-index --no-deps --upgrade --target "$site" "$WHEELS"/*.whl
+fi
 if [ "${parts[0]}" != build ] && ! built; then parts=(build "${parts[@]}"); fi
 for part in "${parts[@]}"; do
   "$part"

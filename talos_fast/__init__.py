@@ -7,7 +7,7 @@ from talos_fast.finetune import finetune
 from talos_fast.interference import Interference, interference
 from talos_fast.mask import Mask
 from talos_fast.merge import AlphaSearch, merge, search_alpha
-from talos_fast.optim import MaskedAdam
+from talos_fast.optim import MaskedAdam, from_adamw, to_adamw
 from talos_fast.profiling import Profile, profile
 from talos_fast.task_vector import TaskVector
 from talos_fast.version import __version__
@@ -25,8 +25,10 @@ __all__ = [
     "calibrate",
     "evaluate",
     "finetune",
+    "from_adamw",
     "interference",
     "merge",
     "profile",
     "search_alpha",
+    "to_adamw",
 ]

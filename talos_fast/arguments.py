@@ -1,7 +1,7 @@
 """Checks of numbers that several functions share."""
 
 import math
-from decimal import Decimal
+from fractions import Fraction
 from numbers import Integral
 
 from talos_fast.errors import TalosError
@@ -15,7 +15,7 @@ def check_fraction(name: str, value: float) -> None:
 
 def share(fraction: float, total: int) -> int:
     """⌊fraction · total⌋ of the number as it is written: 0.29 of 100 is 29, not 28, as in binary fractions."""
-    return int(Decimal(repr(float(fraction))) * total)
+    return math.floor(Fraction(repr(float(fraction))) * total)
 
 
 def checked_seed(name: str, value: int) -> int:

@@ -21,7 +21,8 @@ class CastOnce(Takeover):
     its own casts of all frozen weights above the lowest layer that trains until the backward pass has used them.
 
     Args:
-        model: its parameters that require no gradient, and its buffers, must not change from now on.
+        model: its parameters that require no gradient must not change from now on. Buffers that are written to are cast
+            anew; in compiled code, which cannot ask for that, autocast casts all of them.
         dtype: autocast's.
         fixed: further tensors that the forward reads as weights and that do not change.
     """
@@ -33,6 +34,7 @@ class CastOnce(Takeover):
         self._dtype = dtype
         self._casts = {t: t.detach().to(dtype) for t in (*_frozen(model), *fixed) if t.dtype is torch.float32}
         self._versions = {t: _version(t) for t in self._casts}
+        self._buffers = dict.fromkeys(model.buffers())
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The function on cast weights, where autocast would cast them."""
@@ -40,6 +42,8 @@ class CastOnce(Takeover):
 
     def _cast(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value not in self._casts:
+            return value
+        if torch.compiler.is_compiling() and value in self._buffers:
             return value
         device = value.device.type
         casts = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is self._dtype

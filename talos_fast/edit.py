@@ -33,17 +33,21 @@ class Edit:
         directions: name -> change; one mapping for each coefficient of `move`.
 
     Raises:
-        TalosError: a name that the target lacks, or another shape.
+        TalosError: a name that the target lacks, another shape, or two names of one tied parameter that move apart.
     """
 
     def __init__(self, target: Target, *directions: Mapping[str, SparseDelta]) -> None:
-        tensors = named_tensors(target)
-        if isinstance(target, nn.Module):  # a state dict calls a tied parameter by each of its names
-            tensors |= {name: p.data for name, p in target.named_parameters(remove_duplicate=False)}
+        tensors, first = named_tensors(target), _first_names(target)
         grouped: dict[str, list[tuple[int, SparseDelta]]] = {}
         for number, deltas in enumerate(directions):
-            for name, delta in deltas.items():
+            own: dict[str, tuple[str, SparseDelta]] = {}
+            for alias, delta in deltas.items():
+                name = first.get(alias, alias)
                 _check(name, delta, tensors)
+                if name in own:
+                    _require_equal(*own[name], alias, delta)
+                    continue
+                own[name] = alias, delta
                 grouped.setdefault(name, []).append((number, delta.to(tensors[name].device)))
         self._count = len(directions)
         self._touched = [_touch(tensors[name], moving) for name, moving in grouped.items()]
@@ -75,10 +79,28 @@ def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:
     return _Touched(tensor, indices, gather(tensor, indices), directions)
 
 
+def _first_names(target: Target) -> dict[str, str]:
+    """Each name of a module's parameter -> its first one; a state dict calls tied parameters by each of theirs."""
+    if not isinstance(target, nn.Module):
+        return {}
+    names = {p: name for name, p in target.named_parameters()}
+    return {name: names[p] for name, p in target.named_parameters(remove_duplicate=False)}
+
+
+def _require_equal(name: str, delta: SparseDelta, other: str, same: SparseDelta) -> None:
+    if not torch.equal(delta.dense(), same.dense()):
+        raise TalosError(f"{name!r} and {other!r} are one parameter of the model, but the task vector moves them apart")
+
+
 def _check(name: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) -> None:
     if name not in tensors:
         example = next(iter(tensors), None)
-        raise TalosError(f"the task vector moves {name!r}, which the model lacks; its tensors are like {example!r}")
+        hint = ""
+        if name.removeprefix("encoder.") in tensors:
+            hint = "; a command's vector is of an encoder: talos_fast.models.Classifier(model, torch.nn.Identity())"
+        raise TalosError(
+            f"the task vector moves {name!r}, which the model lacks; its tensors are like {example!r}{hint}"
+        )
     if tuple(tensors[name].shape) != delta.shape:
         raise TalosError(f"{name!r}: the vector has shape {delta.shape}, the model {tuple(tensors[name].shape)}")
 

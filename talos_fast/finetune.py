@@ -1,5 +1,6 @@
 """`finetune`: train a model on a task, and get the task vector."""
 
+import logging
 import math
 import time
 from numbers import Integral
@@ -22,6 +23,8 @@ from talos_fast.methods.base import Deltas, compiled
 from talos_fast.step import Amp, Loss, require_amp_and_clip
 from talos_fast.task_vector import TaskVector
 from talos_fast.train import Recipe, Schedule, Trainer, train_mode
+
+logger = logging.getLogger("talos_fast")
 
 
 def finetune(
@@ -120,6 +123,10 @@ def finetune(
                     "mask": None if setup.mask is None else setup.mask.digest()}  # fmt: skip
         checkpoint = None if folder is None else Checkpoint(folder, identity, resume)
         train_mode(model)
+        logger.info(
+            "%s: %d steps, %s from %g after a warm-up of %d, %d tensors with entries that train",
+            name, recipe.steps, recipe.schedule, recipe.lr, recipe.warmup, len(setup.trained)
+        )  # fmt: skip
         if compile:
             setup = compiled(setup)
         trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, checkpoint)

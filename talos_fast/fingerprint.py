@@ -116,7 +116,7 @@ def require_base(recorded: Fingerprint, target: Target, what: str) -> None:
         raise TalosError(
             f"{what} belongs to another base: {len(differing)} of {len(found)} tensors differ, the first is {name!r} "
             f"(recorded {recorded[name]}, found {found[name]}); load the checkpoint it was made from, in the same "
-            "dtype, and revert any vector that is applied"
+            "dtype, or keep a copy of the model before finetune, which trains in place, and revert what is applied"
         )
 
 
@@ -129,6 +129,7 @@ def join(first: Fingerprint, second: Fingerprint, what: str) -> Fingerprint:
     for name, value in second.items():
         if first.get(name, value) != value:
             raise TalosError(
-                f"{what}: made from different bases, which differ in {name!r}; combine vectors of one base"
+                f"{what}: made from different bases, which differ in {name!r}; combine vectors of one base "
+                "(finetune trains in place: start each task from a copy of the pre-trained model)"
             )
     return first | second

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,16 @@ from talos_fast.task_vector import TaskVector
 
 Directions = Callable[[], Mapping[str, Direction]]
 """Gives the direction by parameter name; called once a forward, so that it may be computed from what trains."""
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """Directions that stay as they are."""
+
+    directions: Mapping[str, Tensor]
+
+    def __call__(self) -> Mapping[str, Tensor]:
+        return self.directions
 
 
 class Linearized(nn.Module):
@@ -65,7 +75,14 @@ class Linearized(nn.Module):
         Edit(model, vector.deltas)  # checks names and shapes, and writes nothing
         parameters = dict(model.named_parameters())
         tangents = {name: delta.to(parameters[name]) for name, delta in vector.to_dense().items()}
-        return cls(model, partial(dict, tangents))  # which can be pickled
+        return cls(model, _Fixed(tangents))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of any module; a fixed direction is cast and moved with the model."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if isinstance(self._tangents, _Fixed):
+            self._tangents = _Fixed({name: fn(tangent) for name, tangent in self._tangents.directions.items()})
+        return self
 
     def move(self, alpha: float) -> None:
         """Sets α, as `Edit.move` does."""
@@ -101,6 +118,7 @@ class Linearized(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model takes, to f_lin."""
+        self._called = True
         if self._open:
             return self._evaluated(inputs, named)
         if torch.compiler.is_compiling():  # which knows no ExitStack; compiled code is not run again
@@ -109,7 +127,6 @@ class Linearized(nn.Module):
         if torch.is_inference_mode_enabled():  # in which values lose their tangents without a word
             with torch.inference_mode(False), torch.no_grad():
                 return self.forward(*inputs, **named)
-        self._called = True
         with ExitStack() as until:
             tangents = until.enter_context(self._expanded())
             output = self._evaluated(inputs, named)
@@ -145,8 +162,6 @@ class Linearized(nn.Module):
             for name, p in self.model.named_parameters():
                 start = self._origin[name] if self._origin else p.detach() if p.requires_grad else p
                 direction = directions.get(name)
-                if isinstance(direction, Tensor):
-                    direction = direction.to(start)  # the model may have been moved since
                 held[p] = make_dual(start, direction) if isinstance(direction, Tensor) else start
                 if direction is not None:
                     moves[held[p]] = start, direction

@@ -1,7 +1,7 @@
 """`Mask`: for each parameter name, which entries may move."""
 
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ def resolve_density(density: float | None, sparsity: float | None = None) -> flo
     if density is not None and sparsity is not None:
         raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
     if sparsity is not None:
-        density = float(1 - Decimal(repr(float(sparsity))))  # 0.1 of 0.9, not 0.09999999999999998
+        density = float(1 - Fraction(repr(float(sparsity))))  # 0.1 of 0.9, not 0.09999999999999998
     value = 0.1 if density is None else float(density)
     if not 0.0 < value <= 1.0:
         raise TalosError(f"density={value}: the fraction of entries that trains must be in (0, 1]")

@@ -92,6 +92,20 @@ class AlphaSearch:
     control: float | None
     why: str
 
+    def __str__(self) -> str:
+        """The choice, and what it gives each task."""
+        return "\n".join([f"alpha {self.alpha:g}: {self.why}", *self.lines()])
+
+    def lines(self, names: Sequence[str] = ()) -> list[str]:
+        """A line a task, by its name or number: accuracy, and of what that is which part."""
+        best = self.best
+        rows = zip(best.accuracies, self.references, best.normalized, strict=True)
+        found = [
+            f"{names[n] if names else f'task {n}'}: {accuracy:.2%}, {part:.3f} of {reference:.2%}"
+            for n, (accuracy, reference, part) in enumerate(rows)
+        ]
+        return found if best.control is None else [*found, f"control: {best.control:.2%}, before {self.control:.2%}"]
+
     @property
     def best(self) -> Trial:
         """The trial at the chosen α."""
@@ -149,6 +163,12 @@ def search_alpha(
     evaluators = [evaluate] if callable(evaluate) else list(evaluate)
     alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
     require_several(vectors)
+    for judge in (*evaluators, *(() if control is None else (control,))):
+        if not callable(judge):
+            raise TalosError(
+                f"evaluate, control: found a {type(judge).__name__}; give functions model -> accuracy, such as "
+                "lambda model: talos_fast.evaluate(model, batches)"
+            )
     if len(evaluators) != len(vectors):
         raise TalosError(f"{len(evaluators)} evaluators for {len(vectors)} task vectors; give one a vector")
     if not alphas:
@@ -214,7 +234,9 @@ def _mean(values: Sequence[float]) -> float:
 
 def _add(trials: Sequence[Trial]) -> tuple[Trial, str]:
     best = max(trials, key=lambda trial: (_mean(trial.normalized), -trial.alpha))
-    return best, f"highest mean normalised accuracy, {_mean(best.normalized):.4f}; the smallest alpha on ties"
+    why = f"highest mean normalised accuracy, {_mean(best.normalized):.4f}; the smallest alpha on ties"
+    negated = best.alpha == 0 and len(trials) > 1
+    return best, why + "; to forget by a negated vector, give control=" * negated
 
 
 def _negate(trials: Sequence[Trial], floor: float) -> tuple[Trial, str]:

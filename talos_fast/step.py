@@ -89,7 +89,7 @@ class Step:
             wide = logits if logits.dtype == torch.float64 else logits.float()
             # A label out of range is reported below; it must not stop the device before that.
             loss = self._loss(wide, labels.clamp(0, classes - 1))
-        if loss.dim():
+        if loss.numel() != 1:
             raise TalosError(f"{where}: the loss has shape {tuple(loss.shape)}; give one that is a number")
         self.last_loss = loss.detach()
         facts = torch.cat([logits_facts(wide.detach(), labels), self.last_loss.reshape(1)])

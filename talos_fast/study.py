@@ -18,7 +18,7 @@ from talos_fast.study_plan import Plan as Plan
 from talos_fast.study_plan import StudyResult as StudyResult
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
-from talos_fast.tasks.base import check_names
+from talos_fast.tasks.base import check_distinct
 
 
 class Study:
@@ -43,7 +43,7 @@ class Study:
         self._tasks, self._control, self._stand_in = list(tasks), control, stand_in
         self._plan, self._cells = plan, cells or Cells()
         everything = {id(task): task for task in (*tasks, control, stand_in) if task is not None}.values()
-        check_names([task.name for task in everything])
+        check_distinct(everything)
         self._examiner = Examiner(backbone, everything, plan)
         self._learner = Learner(backbone, self._tasks, plan, self._examiner, self._cells, recipes or {}, progress)
         self._nothing = TaskVector.from_deltas({})

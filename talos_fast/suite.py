@@ -21,7 +21,7 @@ from talos_fast.models import Backbone
 from talos_fast.study import Study
 from talos_fast.study_plan import MethodResult, Plan, StudyResult
 from talos_fast.tasks import Split, Task
-from talos_fast.tasks.base import check_names
+from talos_fast.tasks.base import check_distinct
 
 RATES = {
     "nonlinear": (1e-5, 3e-5), "linearized": (3e-5, 1e-4), "l-lora": (3e-4, 1e-3), "lota": (3e-5, 1e-4),
@@ -49,10 +49,12 @@ class Suite:
     mergings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        names = [task.name for task in [*self.tasks, *([self.control] if self.control else [])]]
+        everything = [*self.tasks, *([self.control] if self.control else [])]
         if not self.tasks:
             raise TalosError("there is no task to run; give at least one")
-        check_names(names)
+        check_distinct(everything)
+        if unfit := [task.name for task in everything if task.name in ("", ".", "..") or set(task.name) & set("/\\")]:
+            raise TalosError(f"a task is called {unfit[0]!r}; results are kept in files of its name: give it another")
         if "consensus" in self.mergings and len(self.tasks) < 2:
             raise TalosError("merging 'consensus' takes what two tasks agree on; give two or more, or leave it out")
         if unknown := sorted(set(self.mergings) - MERGINGS.keys()):

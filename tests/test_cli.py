@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 
@@ -64,13 +65,15 @@ def test_the_verbs_in_a_row(run, place):
         assert "density 0.1" in out
         fit = f"--mask {task}.mask.safetensors --lr 3e-2 --steps 12"
         out = made(run, f"finetune {model} --data {task}.jsonl.gz {fit} --out {task}.vector")
-        assert "validation accuracy" in out and not (place / f"{task}.vector" / "checkpoint").exists()
+        assert re.search(r"validation accuracy .*, before [\d.]+%", out)
+        assert not (place / f"{task}.vector" / "checkpoint").exists()
     mask, vector = Mask.load(place / "words.mask.safetensors"), TaskVector.from_pretrained(place / "words.vector")
     assert mask.info["task"] == vector.info["task"] == "words"
     assert not (vector.mask()[name] & ~mask[name]).any() if (name := next(iter(vector))) else False
 
     out = made(run, "inspect words.vector --plot mask.png")
-    assert "fraction that trains" in out and "method: talos" in out
+    assert "fraction that moved" in out and "method: talos" in out
+    assert "fraction that trains" in made(run, "inspect words.mask.safetensors")
     assert (place / "mask.png").read_bytes().startswith(b"\x89PNG")
 
     tasks = "--data words.jsonl.gz --data more.jsonl.gz"
@@ -82,6 +85,11 @@ def test_the_verbs_in_a_row(run, place):
     out = made(run, f"merge {model} --add words.vector --add more.vector --alpha search {tasks} --out added")
     report = json.loads((place / "added" / "merge.json").read_text())
     assert f"alpha {report['alpha']:g}:" in out and len(report["search"]["trials"]) == 21
+    best = next(trial for trial in report["search"]["trials"] if trial["alpha"] == report["alpha"])
+    for task, accuracy in zip(("words", "more"), best["accuracies"], strict=True):
+        assert f"  {task}: {accuracy:.2%}, " in out
+    code, _, err = run("inspect added")
+    assert code == 2 and "described in its merge.json" in err
     ties = "--add words.vector --add more.vector --method ties --option density=0.5 --option scope=per_tensor"
     made(run, f"merge {model} {ties} --out trimmed")
     merged = json.loads((place / "trimmed" / "merge.json").read_text())
@@ -184,7 +192,6 @@ def test_a_config_file_gives_defaults_and_flags_win(run, place):
     ("calibrate --model hf:bert --data words.jsonl.gz --device nowhere", "nowhere"),
     ("calibrate --model hf:bert --data words.jsonl.gz --scores-device nowhere", "scores_device: nowhere"),
     ("calibrate --config none.yaml", "none.yaml"),
-    ("finetune --model hf:bert --data words.jsonl.gz --steps 1", "needs mask="),
     ("finetune --model hf:bert --data words.jsonl.gz --mask words.jsonl.gz", "not a safetensors file"),
     ("finetune --model hf:bert --data words.jsonl.gz --mask bert", "bert: a folder, where the file of a mask"),
     ("finetune --model hf:bert --data words.jsonl.gz --method x --steps 1", "method='x'"),
@@ -209,6 +216,13 @@ def test_a_config_file_gives_defaults_and_flags_win(run, place):
     ("merge --model tiny --add alien.vector --control-floor 0", "--control-floor means nothing without --control"),
     ("merge --model tiny --add alien.vector --alpha search --weights 1", "--weights means nothing with --alpha search"),
     ("merge --model tiny --add alien.vector --alpha search", "0 --data for 1"),
+    ("merge --model tiny --add alien.vector --subtract alien.vector --alpha search --data words --data words",
+     "--alpha search has one goal"),
+    ("merge --model tiny --subtract alien.vector --alpha search --data demo:shapes", "--subtract needs --control"),
+    ("merge --model tiny --add alien.vector --alpha search --data demo:shapes --control demo:digits",
+     "--control goes with --subtract"),
+    ("finetune --model none --data none --steps 1", "--method talos needs --mask"),
+    ("profile --model none --data none", "--method talos needs --mask"),
     ("evaluate --model tiny --data demo:shapes --alpha 0.5", "--alpha means nothing without --add"),
     ("merge --model hf:bert --add bert", "task_vector.safetensors: no such file"),
     ("inspect none", "none: no such file"),

@@ -15,6 +15,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
   *is_available*) exit {cuda} ;;
   *ops.backend*) test -e "{folder}/built" ;;
+  *"pip install"*--target*) echo "installs $*" ;;
   *"pip install"*) echo "installs $*"; {install} ;;
   *step.py*) echo boom; exit 3 ;;
   *calibration.py*T5-Large*) trap "echo interrupted; exit 1" INT; sleep 60 ;;
@@ -89,6 +90,8 @@ def test_a_part_on_its_own_builds_first_where_that_is_needed(run, tmp_path):
     assert "open_clip_torch-3" in (tmp_path / "out" / "wheels.txt").read_text()
     _, summary = run("tests")
     assert [line.split(":")[0] for line in summary] == ["tests"]
+    _, summary = run("tests", WHEELS=str(wheels))  # that came later than the libraries
+    assert [line.split(":")[0] for line in summary] == ["wheels", "tests"]
 
 
 def test_a_relative_python_is_that_of_the_repository_s_root(run, tmp_path):

@@ -92,3 +92,9 @@ def test_grey_of_no_known_white_and_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(TalosError, match="large.png: not a whole picture"):
         read_image(tmp_path / "large.png")
+
+
+def test_sixteen_bits_of_grey_in_a_pgm(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    (tmp_path / "grey.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
+    assert np.array_equal(read_image(tmp_path / "grey.pgm")[..., 0], (ramp >> 8).astype(np.uint8))

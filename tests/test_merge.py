@@ -179,6 +179,29 @@ def test_refusals(base):
         search_alpha(base, [vector], evaluate=lambda m: 0.5, control=lambda m: next(worse), grid=[0.5])
 
 
+def test_a_search_is_shown_task_by_task(base):
+    vectors = [TaskVector(base, tuned(base, seed)) for seed in (1, 2)]
+    found = search_alpha(base, vectors, evaluate=[lambda model: 0.5, lambda model: 0.25], grid=[0.5, 1.0])
+    assert str(found).splitlines() == [
+        f"alpha 0.5: {found.why}", "task 0: 50.00%, 1.000 of 50.00%", "task 1: 25.00%, 1.000 of 25.00%",
+    ]  # fmt: skip
+    assert found.lines(["cars", "dtd"])[1].startswith("dtd: 25.00%")
+    negated = search_alpha(base, [-vectors[0]], evaluate=lambda m: 0.5, control=lambda m: 0.75, grid=[0.5])
+    assert str(negated).splitlines()[-1] == "control: 75.00%, before 75.00%"
+
+
+def test_a_search_without_gain_asks_about_negation(base):
+    vector = TaskVector(base, tuned(base, 1))
+    start = base.weight.detach().clone()
+
+    def accuracy(model):
+        return float(torch.equal(model.weight, start)) + 0.1
+
+    assert "give control=" in search_alpha(base, [-vector], evaluate=accuracy).why
+    with pytest.raises(TalosError, match="give functions model -> accuracy"):
+        search_alpha(base, [vector], evaluate=[[1, 2]])
+
+
 def test_one_vector_is_no_list_of_vectors(base):
     vector = TaskVector(base, tuned(base, 1))
     for call in (

@@ -10,6 +10,7 @@ from methods_cases import case, setup_of
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import talos_fast as talos
@@ -18,7 +19,7 @@ from talos_fast.methods import METHODS
 from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import PHASES, Timings, interleave, peak
 from talos_fast.profiling.memory import Memory, above
-from talos_fast.profiling.work import count_work, step_bytes, touched_sectors
+from talos_fast.profiling.work import _formulas, count_work, step_bytes, touched_sectors
 
 CPU = torch.device("cpu")
 N, SIZES = 5, (7, 11, 13, 3)
@@ -59,6 +60,45 @@ class TestWork:
         work = count(model, torch.randn(2, 3, 16, 16))
         assert work.forward == work.weight_gradients == 2 * (2 * 16) * 8 * 48
         assert work.activation_gradients == 0
+
+    @pytest.mark.parametrize("model", [
+        nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, stride=2, groups=4), nn.ConvTranspose2d(8, 4, 3, stride=2),
+        nn.ConvTranspose2d(8, 4, 3, groups=4),
+    ])  # fmt: skip
+    def test_grouped_and_transposed_convolutions(self, model):
+        """Each gradient is as many products as the convolution itself."""
+        work = count(model, torch.randn(2, 8, 11, 11, requires_grad=True))
+        assert work.forward == work.activation_gradients == work.weight_gradients > 0
+
+    @pytest.mark.parametrize("kind", ["flash", "cudnn"])
+    def test_keys_that_serve_several_heads(self, kind):
+        query, key = (torch.empty(2, heads, 16, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
+        formula = _formulas()[getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")]
+        assert formula(query, key, key) == 2 * 2 * 2 * 8 * 16 * 16 * 64
+
+    def test_what_checkpoints_repeat_is_no_gradient(self):
+        class Checkpointed(nn.Sequential):
+            def forward(self, x):
+                for layer in self:
+                    x = checkpoint(layer, x, use_reentrant=False)
+                return x
+
+        plain = chain((0, 1, 2))
+        expected, work = count(plain, torch.randn(N, 7)), count(Checkpointed(plain), torch.randn(N, 7))
+        assert work.repeated > 0 and work.done == expected.done + work.repeated
+        assert (work.floor, work.activation_gradients) == (expected.floor, expected.activation_gradients)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_bytes_of_a_step_are_those_of_the_state(self, dtype):
+        p, mask = nn.Parameter(torch.zeros(64, 64, dtype=dtype)), torch.zeros(64, 64, dtype=torch.bool)
+        mask[:8] = True  # whole sectors
+        for optimizer, masks in ((torch.optim.AdamW([p]), None), (talos.MaskedAdam([p], masks=[mask]), {"p": mask})):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+            entries = p.numel() if masks is None else int(mask.sum())
+            state = sum(value.nbytes for name, value in optimizer.state[p].items() if name != "step")
+            index = 0 if masks is None else min(2 * entries, p.numel() // 8)
+            assert step_bytes({"p": p}, masks) == 3 * entries * p.element_size() + 2 * state + index
 
     def test_attention_and_autocast(self):
         layer = nn.MultiheadAttention(16, 2, batch_first=True)
@@ -244,6 +284,19 @@ class TestProfile:
         assert found.rows["talos"].work.floor == 2 * 4 * (48 + 2 * 24 + 48 * 2 // 8)
         assert found.about["compiled"] and "interleaved, compiled" in str(found)
         assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+    def test_a_trace_that_cannot_be_written_is_refused(self, tmp_path, monkeypatch):
+        (tmp_path / "folder.json").mkdir()
+        options = {"method": "nonlinear", "rounds": 1, "warmup": 0}
+        with pytest.raises(talos.TalosError, match="folder.json: a folder"):
+            talos.profile(Net(), batches(), trace=tmp_path / "folder.json", **options)
+
+        def full(*_: object) -> None:
+            raise OSError("no space")
+
+        monkeypatch.setattr("os.replace", full)
+        with pytest.raises(talos.TalosError, match="cannot be written"):
+            talos.profile(Net(), batches(), trace=tmp_path / "trace.json.gz", **options)
 
     def test_full_fine_tuning_alone(self):
         assert list(talos.profile(Net(), batches(), method="nonlinear", rounds=1, warmup=0).rows) == ["nonlinear"]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from talos_fast import TalosError, evaluate
 from talos_fast.sensitivity import sensitivities
+from talos_fast.sensitivity.selection import maskable_parameters
 
 
 @pytest.fixture(autouse=True)
@@ -306,7 +307,7 @@ class Packed(nn.Module):
         return torch.zeros_like(x).index_put((n, t), self.made(x[n, t])).sum(1)
 
     def repeated(self, x, lengths):
-        n = torch.repeat_interleave(torch.arange(len(x)), lengths)
+        n = torch.repeat_interleave(input=torch.arange(len(x)), repeats=lengths)
         t = torch.cat([torch.arange(count) for count in lengths])
         return torch.zeros(len(x), 6, dtype=x.dtype).index_add(0, n, self.made(x[n, t]))
 
@@ -332,7 +333,9 @@ def test_an_output_that_is_a_view_may_be_written_to(samples, caplog):
     """As Longformer scales its queries; one sample alone loses the place that a hook is put on."""
 
     def scaled(layer, x):
-        rows = layer(x.transpose(0, 1))
+        rows = layer(
+            layer(x).tanh().transpose(0, 1).contiguous()
+        )  # of the first layer nothing before it has a gradient
         rows *= 0.5
         return rows.transpose(0, 1).tanh()
 
@@ -461,3 +464,43 @@ def test_one_sample_behind_a_batch_norm():
     labels = [label for _, label in alone]
     found = sensitivities(model, alone, labels=labels, estimator="sampled-logit", include=["*"])
     assert_equal(found, whole)
+
+
+def test_a_mode_that_is_passed_on_by_hand_reaches_what_no_one_registered():
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.out, self.parts = nn.Linear(6, 6), nn.Linear(6, 4), [nn.Dropout(0.9)]
+
+        def train(self, mode: bool = True):
+            for part in self.parts:
+                part.train(mode)
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.out(self.parts[0](self.first(x).tanh()).sum(1))
+
+    model, batch = randomized(Passing()).train(), data(4, 3, 6)
+    found = scores(model, batch)
+    assert model.training and model.parts[0].training
+    assert_equal(found, expected(model.eval(), batch))
+
+
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "dinov2", "xlnet"])
+def test_tables_of_positions_and_tokens_stay_frozen(name):
+    names = {
+        "tnt_s_patch16_224": ["encoder.patch_pos", "encoder.pixel_pos"],
+        "dinov2": ["encoder.embeddings.register_tokens", "embeddings.mask_token"],
+        "xlnet": ["transformer.mask_emb"],
+    }[name]
+    model = nn.Module()
+    model.linear = nn.Linear(2, 2)
+    for full in names:
+        *path, last = full.split(".")
+        owner = model
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        owner.register_parameter(last, nn.Parameter(torch.zeros(2, 2)))
+    assert set(maskable_parameters(model)) == {"linear.weight", "linear.bias"}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from talos_fast import TalosError, TaskVector
+from talos_fast.edit import Edit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -254,3 +255,9 @@ def test_tied_weights_may_go_by_each_of_their_names():
         vector.apply_to(target)
         moved = target.embed.weight if isinstance(target, nn.Module) else target["embed.weight"]
         assert torch.equal(moved, tuned.embed.weight)
+    target, by_one_name = copy.deepcopy(base), TaskVector(base, tuned)
+    Edit(target, vector.deltas, by_one_name.deltas).move(1.0, -1.0)  # both of them, though their names differ
+    torch.testing.assert_close(target.embed.weight, base.embed.weight)
+    vector.deltas["head.weight"] = vector.deltas["head.weight"].scaled(2.0)
+    with pytest.raises(TalosError, match="are one parameter of the model, but the task vector moves them apart"):
+        vector.apply_to(target)

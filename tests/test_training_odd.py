@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -98,6 +99,17 @@ def test_a_forward_that_ignores_its_model_is_refused(compat, tmp_path):
         assert all(torch.equal(t, vectors[1].to_dense()[name]) for name, t in vectors[0].to_dense().items())
 
 
+def test_a_forward_may_compile_its_model_itself():
+    models, compiled = (net(), net()), {}
+
+    def forward(model, batch):
+        return compiled.setdefault(model, torch.compile(model, backend="eager"))(batch[0])
+
+    tuned(models[0], "linearized", forward=forward)
+    tuned(models[1], "linearized")
+    assert same(*models)
+
+
 def gpt2():
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -177,10 +189,12 @@ class Prototypes(nn.Module):
         return F.linear(rows, self.means)
 
 
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_buffers_that_move_are_cast_as_they_are(amp):
+def test_buffers_that_move_are_cast_as_they_are(amp, compile, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, plain = Prototypes(), Prototypes()
-    tuned(model, "nonlinear", amp=amp, warmup=0, schedule="constant", clip=None, weight_decay=0.0)
+    tuned(model, "nonlinear", amp=amp, compile=compile, warmup=0, schedule="constant", clip=None, weight_decay=0.0)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
     for x, y in batches():
         with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):

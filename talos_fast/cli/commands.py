@@ -1,6 +1,7 @@
 """``talos-fast calibrate | finetune | merge | evaluate | …``: the functions, with the same names and defaults."""
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -33,6 +34,8 @@ app.add_typer(suite_app)
 
 def main() -> None:
     """The ``talos-fast`` program: bad input gets one line and exit code 2, never a traceback."""
+    # Of torch's own rules for forward mode, which every linearized run reads.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
     try:
         app()
     except talos.TalosError as error:
@@ -127,6 +130,7 @@ def finetune(
     require_free(out)
     checkpoint = checkpoint_dir or out / "checkpoint"
     storage.require_folder(checkpoint, "--checkpoint-dir")
+    o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
     full = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
     (task,) = o.load_tasks([data])
@@ -146,8 +150,8 @@ def finetune(
     if checkpoint_dir is None:
         remove(checkpoint)
     validation = backbone.batches(task.validation, batch_size=batch_size)
-    (accuracy,) = evaluate_along(classifier, vector, validation, [1.0])
-    typer.echo(f"{out}: {vector}; validation accuracy {accuracy}")
+    before, accuracy = evaluate_along(classifier, vector, validation, [0.0, 1.0])
+    typer.echo(f"{out}: {vector}; validation accuracy {accuracy}, before {before.value:.2%}")
 
 
 @dataclass(frozen=True)

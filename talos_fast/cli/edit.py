@@ -19,7 +19,7 @@ from talos_fast.merge import Evaluate
 from talos_fast.merging import METHODS, check_options, combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
-from talos_fast.tasks.base import check_names
+from talos_fast.tasks.base import check_distinct
 from talos_fast.vector_file import require_free
 
 app = typer.Typer()
@@ -63,6 +63,8 @@ def merge(
         require_parameters(vector, "merge")
     if coefficient is None and len(data or []) != len(vectors):
         raise TalosError(f"--alpha search needs the task of each vector: {len(data or [])} --data for {len(vectors)}")
+    if coefficient is None:
+        _require_one_goal(add, subtract, control)
     tasks, controls = o.load_tasks(data or []), o.load_tasks([control] if control else [])
     backbone, report = run.backbone(), dict[str, Any]()
     if coefficient is None:
@@ -70,6 +72,8 @@ def merge(
         base, found = _search(backbone, onto, vectors, tasks, controls, batch_size, method=method, **floor, **options)
         coefficient, report = found.alpha, {"search": found.to_json()}
         typer.echo(f"alpha {found.alpha:g}: {found.why}")
+        for line in found.lines([task.name for task in tasks]):
+            typer.echo(f"  {line}")
     else:
         base = Classifier(backbone.encoder, nn.Identity())
         o.load_weights(base, onto)
@@ -82,10 +86,9 @@ def merge(
         {**run.source(onto), "alpha": coefficient, "weights": weights, "method": method, "options": options,
          "add": [str(path) for path in add or []], "subtract": [str(path) for path in subtract or []], **report},
     )  # fmt: skip
-    typer.echo(
-        f"{out / 'model.safetensors'}: base + {coefficient:g} × "
-        f"({len(add or [])} added, {len(subtract or [])} subtracted)"
-    )
+    count = f"{len(add or [])} added, {len(subtract or [])} subtracted"
+    combined = f"({count})" if method == "task_arithmetic" else f"{method} of ({count})"
+    typer.echo(f"{out / 'model.safetensors'}: base + {coefficient:g} × {combined}")
 
 
 @app.command()
@@ -109,7 +112,7 @@ def evaluate(
     if not vectors:
         o.refuse("without --add or --subtract", {"--alpha": alpha})
     tasks = o.load_tasks(data)
-    check_names([task.name for task in tasks])
+    check_distinct(tasks)
     backbone = run.backbone()
     # Heads may be computed with the encoder, so they come before any edit.
     classifiers = [backbone.classifier(task) for task in tasks]
@@ -159,6 +162,19 @@ def _coefficient(
         return float(alpha)
     except ValueError:
         raise TalosError(f"--alpha {alpha}: give a number, or 'search'") from None
+
+
+def _require_one_goal(add: list[Path] | None, subtract: list[Path] | None, control: Path | None) -> None:
+    """Refuses a search that would raise what is to be forgotten, or lower what is to be learned."""
+    if add and subtract:
+        raise TalosError(
+            "--alpha search has one goal: give --add alone, or --subtract with --control; one after the other, the "
+            "second with --onto"
+        )
+    if subtract and control is None:
+        raise TalosError("--alpha search of --subtract needs --control, a task that must not get worse")
+    if add and control is not None:
+        raise TalosError("--control goes with --subtract; --alpha search of --add has none")
 
 
 def _search(

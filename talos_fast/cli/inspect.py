@@ -31,6 +31,8 @@ def inspect(
     require_picture(plot, "--plot")
     if not path.exists():
         raise TalosError(f"{path}: no such file or folder")
+    if (path / "merge.json").is_file():
+        raise TalosError(f"{path}: what merge wrote, described in its merge.json; give a mask or a task vector")
     thing = TaskVector.from_pretrained(path) if path.is_dir() or path.name == FILE else Mask.load(path)
     mask = thing.mask() if isinstance(thing, TaskVector) else thing
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
@@ -41,14 +43,16 @@ def inspect(
         typer.echo(f"  {key}: {value}")
     counts = density_by_part(mask)
     kinds = [kind for kind in KINDS if any(kind == k for _, k in counts)]
-    table = Table("layer", *kinds, title="fraction that trains")
+    of_vector = isinstance(thing, TaskVector)  # which knows nothing of tensors that it leaves alone
+    title = "fraction that moved, of the tensors that moved" if of_vector else "fraction that trains"
+    table = Table("layer", *kinds, title=title)
     for layer in sorted({layer for layer, _ in counts}):
         cells = [f"{counts[layer, kind].density:.3f}" if (layer, kind) in counts else "" for kind in kinds]
         table.add_row("outside" if layer < 0 else str(layer), *cells)
     show(table)
     if plot is not None:
         plot_mask(mask, plot, title=str(path))
-        typer.echo(f"{plot}: the structure of the mask")
+        typer.echo(f"{plot}: the structure of the {'task vector' if of_vector else 'mask'}")
 
 
 @app.command()

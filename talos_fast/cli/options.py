@@ -127,6 +127,12 @@ Data = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, metavar="<n>", help="Inputs a batch.")]
 
 
+def require_mask(method: str, mask: Path | None) -> None:
+    """Refuses the method that needs a mask without one, before anything is loaded."""
+    if method == "talos" and mask is None:
+        raise TalosError("--method talos needs --mask; write one with: talos-fast calibrate … --out mask.safetensors")
+
+
 def refuse(reason: str, given: dict[str, Any]) -> None:
     """Refuses options that would be ignored; ``reason`` says with or without what."""
     for name, value in given.items():

@@ -37,6 +37,7 @@ def profile(
     """Time and memory of a training iteration, beside full fine-tuning, with the counted floor."""
     storage.require_file(trace, "--trace")
     storage.require_file(out, "--out")
+    o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
     changed = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
     (task,) = o.load_tasks([data])

@@ -10,7 +10,7 @@ import typer
 from talos_fast import storage
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
-from talos_fast.study_plan import Plan
+from talos_fast.study_plan import MethodResult, Plan
 from talos_fast.suite import RATES, Suite, choose_methods, run_suite
 from talos_fast.tables import show_means
 from talos_fast.tasks import Task, get_preset
@@ -44,7 +44,9 @@ def suite(
     out: Annotated[Path, typer.Option(help="Folder of results; the same command goes on from there.")] = Path("suite"),
     methods: Annotated[list[str] | None, typer.Option(help="all (default), or names separated by commas.")] = None,
     merge: Annotated[list[str] | None, typer.Option(help="Post-hoc merging of nonlinear vectors; repeatable.")] = None,
-    lr: Annotated[list[str] | None, typer.Option(help="RATE for all methods, or METHOD=RATE; repeatable.")] = None,
+    lr: Annotated[
+        list[str] | None, typer.Option(help="RATE for all, or METHOD=RATE; the best of several is taken.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a fine-tuning; default the preset's, or 2000.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default the preset's, or 128.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default the preset's, or 0.1.")] = None,
@@ -71,10 +73,17 @@ def suite(
     with o.resumable(out):
         result = run_suite(
             backbone, whole, out, identity=identity,
-            progress=not run.quiet, finished=lambda so_far: typer.echo(f"{so_far.methods[-1].method}: done"),
+            progress=not run.quiet, finished=lambda so_far: typer.echo(_done(so_far.methods[-1])),
         )  # fmt: skip
     show_means(result)
     typer.echo(f"{out / 'table.md'}, {out / 'report.json'}: the table; {out / 'cells'}: masks, vectors, every part")
+
+
+def _done(row: MethodResult) -> str:
+    rates = row.validation_by_lr
+    if len(rates) > 1 and row.lr == max(map(float, rates)):
+        return f"{row.method}: done; {row.lr:g} is the largest rate tried, larger ones by --lr {row.method}=RATE"
+    return f"{row.method}: done"
 
 
 def _given(paths: list[Path], preset: str | None, data: Path | None, control: Path | None, seed: int) -> _Given:

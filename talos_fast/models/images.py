@@ -100,7 +100,8 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
 
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow would cut grey levels off at 255
+            sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # which have no more bits
+            if sixteen or image.mode.startswith("I;16"):  # Pillow would cut grey levels off at 255
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode}: grey levels of 32 bits have no known white; save 8 or 16 bits")

@@ -98,7 +98,10 @@ class CompactGradient(Tensor):
             return self.values
         where = f"the compacted gradient of a parameter of shape {tuple(self.shape)}"
         if self.whole_norm is None:
-            raise TalosError(f"{where} has no norm over all entries: pass norm='all' to compact_gradients")
+            raise TalosError(
+                f"{where} has no norm over all entries: clip with entries='selected', or pass norm='all' to "
+                "compact_gradients"
+            )
         if self.passes > 1:
             # |a + b|² needs the product of a and b, and the unselected entries of a are gone.
             raise TalosError(

@@ -29,7 +29,8 @@ def draw_matrix(
         red, green, blue, _ = image.cmap(image.norm(value))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
-    figure.colorbar(image, ax=axis, label=label)
+    figure.colorbar(image, ax=axis)
+    axis.set_title(label, fontsize=9)
 
 
 def plot_matrix(

@@ -60,7 +60,7 @@ class FinetuneIteration:
         with self.setup.around() if linearized else nullcontext():
             work = count_work(self.forward_loss, named, masks)
         if linearized:
-            backward = work.done - work.forward
+            backward = work.activation_gradients + work.weight_gradients
             work = replace(work, activation_gradients=backward, weight_gradients=0, selected_gradients=0)
         return work
 

@@ -22,6 +22,7 @@ from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.result import BASELINE, Profile, Row
 from talos_fast.profiling.work import Work, entries_that_train, step_bytes
 from talos_fast.step import Amp, Loss, autocasts, require_amp_and_clip
+from talos_fast.storage import atomic, require_file
 from talos_fast.task_vector import TaskVector
 from talos_fast.train import train_mode
 
@@ -71,6 +72,8 @@ def profile(
         raise TalosError(f"trace={trace}: its folder does not exist; make it first")
     if trace is not None and not Path(trace).name.endswith((".json", ".json.gz")):
         raise TalosError(f"trace={trace}: a Chrome trace is .json or .json.gz; give one of these endings")
+    if trace is not None:
+        require_file(Path(trace), "trace=")
     require_plain(model)
     require_amp_and_clip(amp, clip)
     options = Options(mask, density, finetuned, rank, lora_alpha)
@@ -88,7 +91,7 @@ def profile(
     about = environment(device) | {
         "model": type(model).__name__, "batch": len(labels_of(batch, "the batch")), "bf16": bench.bf16,
         "dtype": str(bench.dtype).removeprefix("torch."), "compiled": compile,
-        "rounds": rounds, "clip": clip,
+        "rounds": int(rounds), "clip": None if clip is None else float(clip),
         "model_bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
     }  # fmt: skip
     return Profile(rows, about)
@@ -167,4 +170,5 @@ def _write_trace(iteration: FinetuneIteration, path: Path) -> None:
     iteration.prepare()
     with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
         iteration.run(lambda: None)
-    profiler.export_chrome_trace(str(path))
+    with atomic(path) as temporary:  # torch says nothing of a file that it could not write
+        profiler.export_chrome_trace(str(temporary))

@@ -95,6 +95,8 @@ def _counted(name: str, row: Row) -> str:
     backward = f"{work.activation_gradients / 1e9:.3g} backward"
     if (weight := work.weight_gradients / 1e9) > 0:  # of a linearized model they are not told apart
         backward = f"{work.activation_gradients / 1e9:.3g} activation, {weight:.3g} weight gradients"
+    if work.repeated:
+        backward += f", {work.repeated / 1e9:.3g} of checkpoints again"
     return (
         f"{name} counted: {work.done / 1e9:.3g} GFLOP ({work.forward / 1e9:.3g} forward, {backward}), "
         f"with the selected rows only {work.floor / 1e9:.3g}: {work.floor / 1e9 / elapsed:.3g} GFLOP/s; "

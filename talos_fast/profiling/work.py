@@ -1,6 +1,7 @@
 """What an iteration must compute and move, counted and not measured."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Work:
         weight_gradients: FLOPs of the gradients of the tensors that train, computed whole.
         selected_gradients: of these, the rows in which an entry is selected.
         saved_bytes: of the tensors that autograd keeps for the backward pass, parameters and casts of them not counted.
+        repeated: FLOPs of the parts of the forward pass that gradient checkpointing runs again.
     """
 
     forward: int
@@ -34,11 +36,12 @@ class Work:
     weight_gradients: int
     selected_gradients: int
     saved_bytes: int
+    repeated: int = 0
 
     @property
     def done(self) -> int:
         """FLOPs with whole weight gradients, what autograd computes."""
-        return self.forward + self.activation_gradients + self.weight_gradients
+        return self.forward + self.activation_gradients + self.weight_gradients + self.repeated
 
     @property
     def floor(self) -> int:
@@ -47,20 +50,30 @@ class Work:
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """torch's formulas, and those of its attention on the CPU, which it has not."""
+    """torch's formulas, and for attention on the CPU or with shared keys, and for grouped convolutions, others."""
     aten = torch.ops.aten
 
+    def served(query: Tensor, other: Tensor) -> tuple[int, ...]:
+        return (*query.shape[:2], *other.shape[2:])  # a head of keys may serve several of queries
+
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+        return int(sdpa_flop_count(query.shape, served(query, key), served(query, value)))
 
     def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+        return int(sdpa_backward_flop_count(grad.shape, query.shape, served(query, key), served(query, value)))
 
-    mine = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return {**mine, **flop_registry}
+    def convolution(
+        grad: Tensor, input: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any,
+        transposed: bool, output_padding: Any, groups: int, output_mask: Sequence[bool], **kwargs: Any,
+    ) -> int:  # fmt: skip
+        places = math.prod((input if transposed else grad).shape[2:])
+        return 2 * len(input) * places * weight.numel() * (output_mask[0] + output_mask[1])
+
+    mine: dict[Any, Callable[..., int]] = {aten.convolution_backward: convolution}
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+        name = f"_scaled_dot_product_{kind}"
+        mine |= {getattr(aten, name): attention, getattr(aten, f"{name}_backward"): backward}
+    return {**flop_registry, **mine}
 
 
 class _Counter(TorchDispatchMode):
@@ -73,7 +86,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], own: dict[int, StorageWeakRef]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.total = self.repeated = 0
         self.of_parameter: dict[str, int] = {}
         self._own = own
         # A bias enters products too, but its gradient is a sum.
@@ -93,6 +106,7 @@ class _Counter(TorchDispatchMode):
         if formula is not None:
             flops = int(formula(*args, **(kwargs or {}), out_val=output))
             self.total += flops
+            self.repeated += flops if torch.is_grad_enabled() else 0  # within a backward: a checkpoint's forward
             for name in names:
                 self.of_parameter[name] = self.of_parameter.get(name, 0) + flops
         return output
@@ -142,7 +156,8 @@ def count_work(
     weights = forward.of_parameter
     whole = sum(weights.values())
     selected = sum(flops * _row_fraction((masks or {}).get(name)) for name, flops in weights.items())
-    return Work(forward.total, backward.total - whole, whole, round(selected), sum(saved.values()))
+    gradients = backward.total - backward.repeated - whole
+    return Work(forward.total, gradients, whole, round(selected), sum(saved.values()), backward.repeated)
 
 
 def _row_fraction(mask: Tensor | None) -> float:
@@ -173,12 +188,12 @@ def step_bytes(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
 
 def _bytes_of(p: Tensor, mask: Tensor | None) -> int:
     width = p.element_size()
-    moment = max(4, width)
     if mask is None:
-        return p.numel() * (3 * width + 4 * moment)
+        return p.numel() * 7 * width  # torch's moments are of the parameter's dtype
     selected = int(mask.sum())
     index = min(2 * selected, -(-p.numel() // 8))
-    return 3 * SECTOR * touched_sectors(mask, width) + 4 * moment * selected + index
+    moments = 4 * max(4, width) + (8 if width < 4 else 0)  # ours are wide, with a wide copy of 16-bit entries
+    return 3 * SECTOR * touched_sectors(mask, width) + moments * selected + index
 
 
 def touched_sectors(mask: Tensor, width: int = 4) -> int:

@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
+from talos_fast.kept import modes_kept
 
 CACHE = "attention_bias_cache"
 """timm's name for it."""
@@ -22,26 +23,49 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Raises:
         TalosError: a batch norm without running statistics, which mixes the samples in evaluation mode too.
     """
-    modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        for module in modes:  # not eval(), which some overrule to fold weights into one another, as LoRA layers do
-            module.training = False
         model.requires_grad_(False)
         _refuse_batch_statistics(model)
         # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
         torch.backends.mha.set_fastpath_enabled(False)
         eager, plain = torch.compiler.set_stance("force_eager"), without_checkpointing()
-        mended = _without_caches(model), _sound_batch_norms(model)
-        with torch.inference_mode(False), torch.enable_grad(), eager, plain, mended[0], mended[1]:
+        with torch.inference_mode(False), torch.enable_grad(), eager, plain, _sound(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes.items():
-            module.training = training
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _sound(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without what makes gradients wrong there."""
+    with _evaluation_mode(model), _without_caches(model), _sound_batch_norms(model):
+        yield
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()`; flag by flag where a module's own `train` then folds weights into others, as LoRA layers do."""
+    modes = {module: module.training for module in model.modules()}
+    own = [module for module in modes if type(module).train is not nn.Module.train]
+    before = {p: p.detach().clone() for module in own for p in module.parameters()}
+    with modes_kept(model):
+        model.eval()
+        if all(torch.equal(p, value) for p, value in before.items()):
+            yield
+            return
+    for p, value in before.items():
+        p.data.copy_(value)  # unfolding rounds
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager
@@ -62,7 +86,7 @@ def _sound_batch_norms(model: nn.Module) -> Iterator[None]:
     """Gives batch norms contiguous gradients: torch 2.14's on the CPU are wrong for one sample in another layout."""
 
     def watch(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:
+        if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(Tensor.contiguous)
 
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

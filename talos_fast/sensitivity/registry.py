@@ -33,7 +33,7 @@ def chooses_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     if func is torch.where:
         return len(args) == 1
     if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
-        counts = kwargs.get("repeats", args[-1] if len(args) < 2 else args[1])
+        counts = kwargs["repeats"] if "repeats" in kwargs else args[-1] if len(args) < 2 else args[1]
         return isinstance(counts, Tensor) and counts.numel() > 1
     if func is not torch.Tensor.__getitem__:
         return func in CHOOSING

@@ -12,7 +12,7 @@ from talos_fast.errors import TalosError
 FROZEN_BY_DEFAULT = (
     "*class_embedding", "*class_token", "*cls_token*", "*dist_token", "*distillation_token", "*mask_token",
     "*mask_emb", "*masked_spec_embed", "*reg_token", "*register_tokens", "*positional_embedding", "*pos_embed*",
-    "*position_embedding*", "*time_embeddings", "patch_pos", "pixel_pos", "*relative_attention_bias*",
+    "*position_embedding*", "*time_embeddings", "*patch_pos", "*pixel_pos", "*relative_attention_bias*",
     "*relative_position_bias*", "*rel_pos*", "*attention_biases",
     "*token_embedding*", "*embed_tokens*", "*word_embeddings*", "*wte.weight", "*wpe.weight", "shared.weight",
     "proj", "*visual.proj", "*encoder.proj", "*text_projection*", "*visual_projection*", "*logit_scale", "*logit_bias",

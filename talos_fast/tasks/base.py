@@ -1,6 +1,6 @@
 """A task: named classes, prompt templates, and three splits of labelled images or texts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,16 +135,15 @@ class Task:
             )
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuses tasks whose results could not be told apart: those are kept by name, in files too.
+def check_distinct(tasks: Iterable[Task]) -> None:
+    """Refuses tasks whose results could not be told apart.
 
     Raises:
-        TalosError: two of the same name, or one that is no file's.
+        TalosError: two of the same name.
     """
+    names = [task.name for task in tasks]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise TalosError(f"two tasks are called {repeated[0]!r}; results are kept by name: rename one folder")
-    if unfit := [name for name in names if name in ("", ".", "..") or set(name) & set("/\\")]:
-        raise TalosError(f"a task is called {unfit[0]!r}; results are kept in files of its name: give it another")
 
 
 def _check_inputs(inputs: object) -> None:

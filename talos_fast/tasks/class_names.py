@@ -49,7 +49,7 @@ def _entry(path: Path) -> dict[str, Any]:
     if not index.is_file():
         return {}
     try:
-        document = json.loads(index.read_text(encoding="utf-8"))
+        document = json.loads(index.read_text(encoding="utf-8-sig"))
         entries = document["datasets"] if isinstance(document, dict) else document
         found = next((dict(entry) for entry in entries if entry["file"] == path.name), {})
     except (KeyError, TypeError, ValueError, OSError) as error:

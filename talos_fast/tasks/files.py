@@ -182,7 +182,10 @@ def _lines(path: Path) -> list[str]:
 
 def _is_text(value: Any) -> bool:
     """Whether it is a string of whole characters: JSON can spell halves, which no tokenizer takes."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:
