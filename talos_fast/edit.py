@@ -37,17 +37,11 @@ class Edit:
     """
 
     def __init__(self, target: Target, *directions: Mapping[str, SparseDelta]) -> None:
-        tensors, first = named_tensors(target), _first_names(target)
+        tensors = named_tensors(target)
         grouped: dict[str, list[tuple[int, SparseDelta]]] = {}
         for number, deltas in enumerate(directions):
-            own: dict[str, tuple[str, SparseDelta]] = {}
-            for alias, delta in deltas.items():
-                name = first.get(alias, alias)
+            for name, delta in by_first_names(target, deltas).items():
                 _check(name, delta, tensors)
-                if name in own:
-                    _require_equal(*own[name], alias, delta)
-                    continue
-                own[name] = alias, delta
                 grouped.setdefault(name, []).append((number, delta.to(tensors[name].device)))
         self._count = len(directions)
         self._touched = [_touch(tensors[name], moving) for name, moving in grouped.items()]
@@ -79,17 +73,25 @@ def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:
     return _Touched(tensor, indices, gather(tensor, indices), directions)
 
 
-def _first_names(target: Target) -> dict[str, str]:
-    """Each name of a module's parameter -> its first one; a state dict calls tied parameters by each of theirs."""
+def by_first_names(target: Target, deltas: Mapping[str, SparseDelta]) -> dict[str, SparseDelta]:
+    """The changes of a module's parameters by their first names; a state dict calls a tied one by each of its names.
+
+    Raises:
+        TalosError: two names of one parameter that move apart.
+    """
     if not isinstance(target, nn.Module):
-        return {}
+        return dict(deltas)
     names = {p: name for name, p in target.named_parameters()}
-    return {name: names[p] for name, p in target.named_parameters(remove_duplicate=False)}
-
-
-def _require_equal(name: str, delta: SparseDelta, other: str, same: SparseDelta) -> None:
-    if not torch.equal(delta.dense(), same.dense()):
-        raise TalosError(f"{name!r} and {other!r} are one parameter of the model, but the task vector moves them apart")
+    first = {name: names[p] for name, p in target.named_parameters(remove_duplicate=False)}
+    found: dict[str, SparseDelta] = {}
+    for alias, delta in deltas.items():
+        name = first.get(alias, alias)
+        if name in found and not torch.equal(found[name].dense(), delta.dense()):
+            raise TalosError(
+                f"{name!r} and {alias!r} are names of one parameter of the model, but the task vector moves them apart"
+            )
+        found.setdefault(name, delta)
+    return found
 
 
 def _check(name: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) -> None:

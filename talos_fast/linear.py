@@ -12,7 +12,7 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from talos_fast.edit import Edit, require_finite
+from talos_fast.edit import Edit, by_first_names, require_finite
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Forward
 from talos_fast.gradient_checkpointing import is_checkpointed_block
@@ -74,7 +74,8 @@ class Linearized(nn.Module):
         """
         Edit(model, vector.deltas)  # checks names and shapes, and writes nothing
         parameters = dict(model.named_parameters())
-        tangents = {name: delta.to(parameters[name]) for name, delta in vector.to_dense().items()}
+        deltas = by_first_names(model, vector.deltas)
+        tangents = {name: delta.dense().to(parameters[name]) for name, delta in deltas.items()}
         return cls(model, _Fixed(tangents))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -162,6 +163,8 @@ class Linearized(nn.Module):
             for name, p in self.model.named_parameters():
                 start = self._origin[name] if self._origin else p.detach() if p.requires_grad else p
                 direction = directions.get(name)
+                if isinstance(direction, Tensor):
+                    direction = direction.to(start)  # the model inside may have been moved by itself
                 held[p] = make_dual(start, direction) if isinstance(direction, Tensor) else start
                 if direction is not None:
                     moves[held[p]] = start, direction

@@ -1,5 +1,6 @@
 """`Mask`: for each parameter name, which entries may move."""
 
+import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +26,8 @@ def resolve_density(density: float | None, sparsity: float | None = None) -> flo
     if density is not None and sparsity is not None:
         raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
     if sparsity is not None:
-        density = float(1 - Fraction(repr(float(sparsity))))  # 0.1 of 0.9, not 0.09999999999999998
+        exact = Fraction(repr(float(sparsity))) if math.isfinite(sparsity) else sparsity
+        density = float(1 - exact)  # 0.1 of 0.9, not 0.09999999999999998
     value = 0.1 if density is None else float(density)
     if not 0.0 < value <= 1.0:
         raise TalosError(f"density={value}: the fraction of entries that trains must be in (0, 1]")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from talos_fast.edit import by_first_names
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import Accuracy
 from talos_fast.fingerprint import require_base
@@ -53,7 +54,7 @@ def merge(
         TalosError: no vector, another base, unknown names or shapes, an unknown method or option, or ``inplace`` with
             vectors of linearized fine-tuning; nothing is written then.
     """
-    vector = combine(vectors, weights, method, **options)
+    vector = combine(_named(base, vectors), weights, method, **options)
     if check_base:
         require_base(vector.base, base, "the task vector")
     if inplace:
@@ -104,7 +105,9 @@ class AlphaSearch:
             f"{names[n] if names else f'task {n}'}: {accuracy:.2%}, {part:.3f} of {reference:.2%}"
             for n, (accuracy, reference, part) in enumerate(rows)
         ]
-        return found if best.control is None else [*found, f"control: {best.control:.2%}, before {self.control:.2%}"]
+        if best.control is not None and self.control is not None:
+            found.append(f"control: {best.control:.2%}, before {self.control:.2%}")
+        return found
 
     @property
     def best(self) -> Trial:
@@ -139,8 +142,8 @@ def search_alpha(
 
     Only the entries that the vectors hold are written between grid points.
 
-    * Addition (no ``control``): the α with the highest mean normalised accuracy, acc_t(merged) / acc_t(own vector,
-      α = 1).
+    * Addition (no ``control``, whatever the vectors' sign): the α with the highest mean normalised accuracy,
+      acc_t(merged) / acc_t(own vector, α = 1).
     * Negation (``control`` given, vectors negated, ``[-vector]``): the α with the lowest mean target accuracy among
       those that keep control accuracy ≥ ``control_floor`` times the pre-trained one.
 
@@ -173,6 +176,7 @@ def search_alpha(
         raise TalosError(f"{len(evaluators)} evaluators for {len(vectors)} task vectors; give one a vector")
     if not alphas:
         raise TalosError("the grid is empty; give at least one alpha")
+    vectors = _named(base, vectors)
     vector = combine(vectors, None, method, **options)
     require_base(vector.base, base, "the task vector")
     untouched = None if control is None else float(control(base))
@@ -223,6 +227,13 @@ def choose_alpha(
     return AlphaSearch(chosen.alpha, tuple(trials), references, control, why)
 
 
+def _named(base: nn.Module, vectors: Sequence[TaskVector]) -> list[TaskVector]:
+    """The vectors with each parameter by its first name, so that they meet before they are combined."""
+    require_several(vectors)
+    deltas = [by_first_names(base, vector.deltas) for vector in vectors]
+    return [TaskVector.from_deltas(d, base=v.base, info=v.info) for d, v in zip(deltas, vectors, strict=True)]
+
+
 def _alone(base: nn.Module, vector: TaskVector, judge: Evaluate) -> float:
     with moved(base, vector) as model:
         return float(judge(model))
@@ -234,9 +245,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _add(trials: Sequence[Trial]) -> tuple[Trial, str]:
     best = max(trials, key=lambda trial: (_mean(trial.normalized), -trial.alpha))
-    why = f"highest mean normalised accuracy, {_mean(best.normalized):.4f}; the smallest alpha on ties"
-    negated = best.alpha == 0 and len(trials) > 1
-    return best, why + "; to forget by a negated vector, give control=" * negated
+    return best, f"highest mean normalised accuracy, {_mean(best.normalized):.4f}; the smallest alpha on ties"
 
 
 def _negate(trials: Sequence[Trial], floor: float) -> tuple[Trial, str]:

@@ -91,7 +91,7 @@ class Step:
             loss = self._loss(wide, labels.clamp(0, classes - 1))
         if loss.numel() != 1:
             raise TalosError(f"{where}: the loss has shape {tuple(loss.shape)}; give one that is a number")
-        self.last_loss = loss.detach()
+        self.last_loss = loss.detach().reshape(())
         facts = torch.cat([logits_facts(wide.detach(), labels), self.last_loss.reshape(1)])
         low, high, finite, value = facts
         sound = (low >= 0) & (high < classes) & finite.bool() & value.isfinite()

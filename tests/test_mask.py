@@ -43,6 +43,18 @@ def test_refuses_an_unknown_choice(scores, option):
         Mask.from_scores(scores, **{option: "x"})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 1.0])
+def test_refuses_what_is_no_sparsity(scores, value):
+    with pytest.raises(TalosError, match="the fraction of entries that trains must be in"):
+        Mask.from_scores(scores, sparsity=value)
+
+
+@pytest.mark.parametrize("density, count", [(0.29, 29), (0.57, 57), (0.005, 1), (1.0, 100)])
+def test_a_share_is_that_of_the_number_as_it_is_written(density, count):
+    assert Mask.from_scores({"w": torch.arange(100.0)}, density=density).selected == count
+    assert Mask.from_scores({"w": torch.arange(1000.0)}, sparsity=0.9).selected == 100
+
+
 def test_refuses_density_and_sparsity_together(scores):
     with pytest.raises(TalosError, match="give one of them"):
         Mask.from_scores(scores, density=0.1, sparsity=0.9)

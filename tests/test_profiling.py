@@ -1,6 +1,7 @@
 """Counted work against sums made by hand, measurements on hand-made clocks, and `profile` end to end."""
 
 import copy
+import gzip
 import json
 from itertools import pairwise
 
@@ -291,12 +292,15 @@ class TestProfile:
         with pytest.raises(talos.TalosError, match="folder.json: a folder"):
             talos.profile(Net(), batches(), trace=tmp_path / "folder.json", **options)
 
-        def full(*_: object) -> None:
-            raise OSError("no space")
-
-        monkeypatch.setattr("os.replace", full)
-        with pytest.raises(talos.TalosError, match="cannot be written"):
-            talos.profile(Net(), batches(), trace=tmp_path / "trace.json.gz", **options)
+        (tmp_path / "trace.json").write_text("an earlier one")
+        (tmp_path / "trace.json.gz").write_bytes(gzip.compress(b"an earlier one"))
+        monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda *_: None)  # as on a full disk
+        for name in ("trace.json", "trace.json.gz"):
+            before = (tmp_path / name).read_bytes()
+            with pytest.raises(talos.TalosError, match="cannot be written"):
+                talos.profile(Net(), batches(), trace=tmp_path / name, **options)
+            assert (tmp_path / name).read_bytes() == before
+        assert len(list(tmp_path.iterdir())) == 3
 
     def test_full_fine_tuning_alone(self):
         assert list(talos.profile(Net(), batches(), method="nonlinear", rounds=1, warmup=0).rows) == ["nonlinear"]

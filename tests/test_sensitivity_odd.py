@@ -504,3 +504,29 @@ def test_tables_of_positions_and_tokens_stay_frozen(name):
             owner = getattr(owner, part)
         owner.register_parameter(last, nn.Parameter(torch.zeros(2, 2)))
     assert set(maskable_parameters(model)) == {"linear.weight", "linear.bias"}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_that_are_not_folded_though_the_flag_says_so(whole):
+    """A flag that was set by hand: what eval() then folds is unfolded again."""
+    model, batch = nn.Sequential(Folding(), nn.Tanh(), nn.Linear(6, 4)).double(), data(4, 6)
+    for module in model.modules() if whole else [model[0]]:
+        module.training = False
+    before, wanted = copy.deepcopy(model.state_dict()), expected(model, batch)
+    found = scores(model, batch)
+    assert not model[0].merged and not model[0].training and model.training is not whole
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_equal(found, wanted)
+
+
+def test_a_module_that_overrules_its_mode_evaluates_all_the_same():
+    class Always(nn.Dropout):
+        def train(self, mode: bool = True):
+            return super().train(True)
+
+    model, batch = randomized(Net(lambda layer, x: torch.tanh(layer(x)))), data(4, 3, 6)
+    plain = expected(model, batch)
+    model.drop = Always(0.9)
+    model.out = nn.Sequential(model.drop, model.out)
+    found = {name.replace("out.1.", "out."): score for name, score in scores(model, batch).items()}
+    assert_equal(found, plain)

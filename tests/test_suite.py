@@ -18,7 +18,8 @@ from tiny_models import image_task, tiny_clip
 
 from talos_fast import Mask, TalosError, TaskVector, study_examiner, study_learner, tasks
 from talos_fast.cli import main
-from talos_fast.study_plan import Plan
+from talos_fast.cli.suite import _done
+from talos_fast.study_plan import MethodResult, Plan
 from talos_fast.suite import Suite, choose_methods, run_suite, task_digest
 
 METHODS = ("nonlinear", "linearized", "l-lora", "lota", "talos")
@@ -282,3 +283,10 @@ def test_results_need_a_name_that_a_file_can_have(place, name):
 def test_a_consensus_takes_two_tasks(place):
     with pytest.raises(TalosError, match="'consensus' takes what two tasks agree on"):
         Suite([tasks.load(place / "a")], None, SMALL, mergings=("consensus",))
+
+
+def test_a_rate_at_the_end_of_those_tried_is_said():
+    row = MethodResult("talos", 1.2345678e-2, {f"{lr:g}": 0.5 for lr in (1e-3, 1.2345678e-2)})
+    assert "0.0123457 is the largest rate tried" in _done(row) and "--lr talos=RATE" in _done(row)
+    assert _done(replace(row, lr=1e-3)) == "talos: done"
+    assert _done(replace(row, method="nonlinear+ties")) == "nonlinear+ties: done"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from talos_fast import TalosError, TaskVector
+from talos_fast import TalosError, TaskVector, merge
 from talos_fast.edit import Edit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -258,6 +258,10 @@ def test_tied_weights_may_go_by_each_of_their_names():
     target, by_one_name = copy.deepcopy(base), TaskVector(base, tuned)
     Edit(target, vector.deltas, by_one_name.deltas).move(1.0, -1.0)  # both of them, though their names differ
     torch.testing.assert_close(target.embed.weight, base.embed.weight)
+    for pair in ([vector, by_one_name], [by_one_name, vector]):
+        merged = merge(base, pair, alpha=0.5)
+        torch.testing.assert_close(merged.embed.weight, tuned.embed.weight)
+    assert merge(base, [vector, vector], method="dare_linear", density=0.5).head.weight.isfinite().all()
     vector.deltas["head.weight"] = vector.deltas["head.weight"].scaled(2.0)
-    with pytest.raises(TalosError, match="are one parameter of the model, but the task vector moves them apart"):
+    with pytest.raises(TalosError, match="are names of one parameter of the model, but the task"):
         vector.apply_to(target)

@@ -81,8 +81,9 @@ def suite(
 
 def _done(row: MethodResult) -> str:
     rates = row.validation_by_lr
-    if len(rates) > 1 and row.lr == max(map(float, rates)):
-        return f"{row.method}: done; {row.lr:g} is the largest rate tried, larger ones by --lr {row.method}=RATE"
+    if row.method in RATES and len(rates) > 1 and f"{row.lr:g}" == max(rates, key=float):
+        larger = f"larger ones by --lr {row.method}=RATE and another --out"
+        return f"{row.method}: done; {row.lr:g} is the largest rate tried, {larger}"
     return f"{row.method}: done"
 
 

@@ -1,5 +1,6 @@
 """`profile`: what an iteration costs on the user's own model, mask and batch, beside full fine-tuning."""
 
+import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -170,5 +171,11 @@ def _write_trace(iteration: FinetuneIteration, path: Path) -> None:
     iteration.prepare()
     with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
         iteration.run(lambda: None)
-    with atomic(path) as temporary:  # torch says nothing of a file that it could not write
-        profiler.export_chrome_trace(str(temporary))
+    with atomic(path) as temporary:
+        try:
+            profiler.export_chrome_trace(str(temporary))
+            with gzip.open(temporary) if path.suffix == ".gz" else open(temporary, "rb") as written:
+                if not written.read(1):  # torch says nothing of what it could not write
+                    raise OSError("nothing was written")
+        finally:
+            Path(f"{temporary}.tmp").unlink(missing_ok=True)  # where torch writes first

@@ -48,17 +48,26 @@ def _sound(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()`; flag by flag where a module's own `train` then folds weights into others, as LoRA layers do."""
+    """`model.eval()`, and flag by flag where a module's own `train` folds weights into others, as LoRA layers do."""
     modes = {module: module.training for module in model.modules()}
     own = [module for module in modes if type(module).train is not nn.Module.train]
     before = {p: p.detach().clone() for module in own for p in module.parameters()}
     with modes_kept(model):
         model.eval()
-        if all(torch.equal(p, value) for p, value in before.items()):
+        folded = {p for p, value in before.items() if not torch.equal(p, value)}
+        if not folded:
+            before.clear()
+            for module in modes:  # some overrule the mode
+                module.training = False
             yield
             return
-    for p, value in before.items():
-        p.data.copy_(value)  # unfolding rounds
+    for module in own:  # which `modes_kept` took for one that had been in evaluation mode all along
+        if not modes[module] and any(p in folded for p in module.parameters(recurse=False)):
+            module.train()
+    with torch.no_grad():
+        for p, value in before.items():
+            p.copy_(value)  # unfolding rounds
+    before.clear()
     try:
         for module in modes:
             module.training = False
