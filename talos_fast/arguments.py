@@ -1,4 +1,4 @@
-"""Checks of numbers that several functions share."""
+"""Numbers that several functions take: their checks, and exact shares."""
 
 import math
 from fractions import Fraction
