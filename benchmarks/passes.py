@@ -19,9 +19,9 @@ from measure import interleaved
 from records import header
 from rivals import through_torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from workloads import Workload, build
 
+from talos_fast.profiling.work import FlopCounter
 from talos_fast.step import Step
 from talos_fast.storage import write_json
 
@@ -36,9 +36,9 @@ def torch_s(workload: Workload, method: str) -> Step:
 
 
 def counted(run: Callable[[], None]) -> dict[str, float]:
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounter({}, {}) as flops:
         run()
-    return {"gflop": flops.get_total_flops() / 1e9, "allocated_mib": allocator_peak(run) / 2**20}
+    return {"gflop": flops.total / 1e9, "allocated_mib": allocator_peak(run) / 2**20}
 
 
 class Casts(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ class Subject:
 
         return Subject(self.model.to(device), to_device(self.batch, torch.device(device)), self.size)
 
-    @property
+    @cached_property
     def scored(self) -> dict[str, nn.Parameter]:
+        """Once for all: by then one of the ways may have frozen some."""
         return maskable_parameters(self.model)
 
     def train_scored(self) -> None:

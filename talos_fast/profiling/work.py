@@ -76,7 +76,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     return {**flop_registry, **mine}
 
 
-class _Counter(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Adds up FLOPs, and those of each product that a parameter enters: its weight gradient costs as many again.
 
     Args:
@@ -146,7 +146,7 @@ def count_work(
             saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    forward, backward = _Counter(trained, own), _Counter({}, own)
+    forward, backward = FlopCounter(trained, own), FlopCounter({}, own)
     with forward, saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = forward_loss()
     with backward:
