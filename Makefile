@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Waiting threads spin for a moment, then sleep: at once costs a quiet machine half its speed, never costs a busy one
 # nearly all of it.
 export GOMP_SPINCOUNT := 20000
-# In the order of their names: by their number of tests, the default, what takes longest would come last, and alone.
+# Files in the order of their names: by default those with few tests come last, and the longest would then run alone.
 TWO_FILES_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint bench gpu package-check clean

@@ -99,10 +99,11 @@ tests() { run tests "${gpu_tests[@]}" -k "not a_compiled_step" --junitxml="$out/
 compiled() { run compiled "${gpu_tests[@]}" -k a_compiled_step --junitxml="$out/compiled.xml"; }
 
 # Without torch's caching allocator every tensor is an allocation of its own, so that stepping over its end is seen.
-# The tests of our kernels only, and none that compile: whole models launch torch's kernels by the thousand. Nor the two
-# largest shapes, which add nothing but time.
+# Our kernels only, in their own tests and none that compile: torch's are launched by the thousand, and would be slowed
+# down with them. Nor the two largest shapes, which add nothing but time.
 sanitizer() {
   local tool limit=$((limit / 3)) of_kernels=(tests/test_{ops,threshold,compact_operator,masked_adam}.py)
+  local ours=(accumulate_mma add_parts accumulate_fma radix_histogram compact_gradient advance update)
   if ! command -v compute-sanitizer > /dev/null; then
     fail "sanitizer: FAILED, compute-sanitizer is not on PATH"
     return
@@ -110,6 +111,7 @@ sanitizer() {
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitizer-$tool" \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no --target-processes all \
+      "${ours[@]/#/--kernel-name=kns=}" \
       "$python" -m pytest "${of_kernels[@]}" -m gpu -q -x -p no:cacheprovider -k "not compile and not opcheck and not 3072 and not 1024"
   done
 }

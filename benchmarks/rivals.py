@@ -14,8 +14,7 @@ from talos_fast.forward import Batch, Forward, default_forward, functional_forwa
 from talos_fast.linear import differentiable_forward
 from talos_fast.methods import Setup
 from talos_fast.methods.l_lora import LORA_ALPHA, RANK, lora_adapters, lora_changes
-from talos_fast.profiling.iteration import FinetuneIteration
-from talos_fast.profiling.measure import Mark
+from talos_fast.profiling.iteration import FinetuneIteration, Mark
 from talos_fast.step import Amp, Loss, autocasts
 
 OPTIONS = {"lr": 1e-5, "weight_decay": 0.1}

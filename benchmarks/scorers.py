@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from talos_fast.forward import default_forward
-from talos_fast.sensitivity.engine import Scorer
 from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.sensitivity.scorer import Scorer
 
 Step = Callable[[], Any]
 

@@ -5,10 +5,10 @@ slows the two alike, and then dropped, so that a model needs the memory of two o
 measured in several sweeps: where the machine's memory is now fast and now slow, one moment says little.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from occupancy import occupancy
 from records import header, refuse_nothing
 from shapes import MASKS, MODELS, Masks
 from steppers import RIVALS, Stepper, clipping, eight, stepping
+from workloads import bytes_free
 
 from talos_fast.optim.plan import select
 from talos_fast.profiling.memory import Memory
@@ -47,8 +48,8 @@ class Bench:
         self._measured: dict[str, list[tuple[float, float | None]]] = {}  # of a row: of each round, and the baseline's
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def make(self, rival: str, kind: str, small: bool = False) -> Stepper | None:
-        """A stepper, or None where the optimizer has no such operation."""
+    def make(self, rival: str, kind: str, small: bool = False) -> Stepper:
+        """A stepper over all parameters, or over as many small ones."""
         build, with_mask, _ = RIVALS[rival]
         masks = self.masks if with_mask else None
         arguments = eight(self.weights, masks) if small else (self.weights, self.gradients, masks)
@@ -57,12 +58,11 @@ class Bench:
     def compare(self, rival: str, kind: str, label: str) -> None:
         """Adds to the row ``label``: the rival beside the baseline of the same kind, or alone where memory is short."""
         baseline = self.settle(rival, kind)
-        if self.needs(rival) > self.free() and rival != BASELINE:
+        if baseline is None if rival == BASELINE else self.needs(rival) > self.free():
             self.rows.setdefault(label, {"missing": f"needs {self.needs(rival) / 2**30:.0f} GiB"})
             return
         stepper = baseline if rival == BASELINE else self.make(rival, kind)
-        if stepper is None:
-            return
+        assert stepper is not None
         pair = {label: stepper.run}
         if baseline is not None and baseline is not stepper:
             pair[BASELINE] = baseline.run
@@ -92,12 +92,8 @@ class Bench:
         Memory(torch.device(self.device)).held()  # gives back what is free
         if self.device == "cuda":
             torch.cuda.empty_cache()
-            return 0.9 * torch.cuda.mem_get_info()[0]
-        about = Path("/proc/meminfo")
-        if not about.is_file():
-            return float("inf")
-        fields = dict(line.split(":") for line in about.read_text().splitlines())
-        return 0.9 * 1024 * int(fields["MemAvailable"].split()[0])
+        free = bytes_free(torch.device(self.device))
+        return math.inf if free is None else 0.9 * free
 
     def interleave(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of each, one after the other in every round; on CUDA between events."""
@@ -142,7 +138,6 @@ class Bench:
     def host(self, rival: str, kind: str) -> float:
         """Microseconds of the host: a step of as many tensors of 8 elements."""
         stepper = self.make(rival, kind, small=True)
-        assert stepper is not None
         turns = []
         for _ in range(30):
             start = time.perf_counter()

@@ -63,7 +63,7 @@ def stepping(optimizer: Optimizer) -> Stepper:
     return Stepper(optimizer, optimizer.step)
 
 
-def clipping(optimizer: Optimizer) -> Stepper | None:
+def clipping(optimizer: Optimizer) -> Stepper:
     """Unscale, clip to a norm of 1, step: ours divides in the step, torch in two passes over the gradients.
 
     A scale of 1 changes no gradient, so every round does the same. Ours needs no scaler to skip infinite gradients of
@@ -71,8 +71,6 @@ def clipping(optimizer: Optimizer) -> Stepper | None:
     """
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if isinstance(optimizer, MaskedAdam):
-        if not hasattr(optimizer, "clip_grad_norm_"):
-            return None
 
         def clip_and_step() -> None:
             optimizer.clip_grad_norm_(1.0)

@@ -1,4 +1,4 @@
-// Argument checks shared by every device. talos_fast/ops.py says the same in Python, with the
+// Argument checks shared by every device. talos_fast/sensitivity says the same in Python, with the
 // library's own exception; these protect callers of torch.ops.talos_fast from reading stray memory.
 #pragma once
 

@@ -27,9 +27,8 @@ class CudaMachine {
                  "r"(there ? 4 : 0)
                  : "memory");
   }
-  // cp.async moves four bytes at least; this one lands at once.
-  __device__ void copy_entry(int to, const uint16_t* from, bool there) const {
-    const uint16_t entry = there ? *from : uint16_t{0};
+  __device__ static uint16_t load_entry(const uint16_t* from) { return *from; }
+  __device__ void store_entry(int to, uint16_t entry) const {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(shared_ + to), "h"(entry) : "memory");
   }
   __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

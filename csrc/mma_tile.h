@@ -63,6 +63,23 @@ struct Cursor {
   }
 };
 
+// Entries of 16 bits one by one: cp.async moves four bytes at least. Several are on their way before the first is
+// stored, since the compiler moves no load across a store to shared memory.
+template <typename Layout, typename Machine, typename Load>
+TALOS_DEVICE void store_entries(Machine& machine, int rows, int shared, const Load& load) {
+  constexpr int kBatch = kMma * kTile / kThreads;
+  for (int e = machine.thread(); e < rows * kTile; e += kBatch * kThreads) {
+    uint16_t entries[kBatch];
+    TALOS_UNROLL
+    for (int b = 0; b < kBatch; ++b) entries[b] = load((e + b * kThreads) / kTile, (e + b * kThreads) % kTile);
+    TALOS_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      const int t = (e + b * kThreads) / kTile, f = (e + b * kThreads) % kTile;
+      machine.store_entry(shared + Layout::at(t, f) * 2, entries[b]);
+    }
+  }
+}
+
 // Starts copying `tokens` tokens of one operand, features [begin, begin + kTile), to shared memory; zeros where there
 // are none. Rows that no instruction reads are left alone.
 template <typename Kind, typename Machine>
@@ -85,11 +102,16 @@ TALOS_DEVICE void copy_operand(Machine& machine, const Operand& operand, const C
     }
     return;
   }
-  for (int e = machine.thread(); e < rows * kTile; e += kThreads) {
-    const int t = e / kTile, f = e % kTile;
-    const bool there = t < tokens && f < inside;
-    machine.copy_entry(shared + Layout::at(t, f) * kSize,
-                       there ? from + t * operand.strides.token + f * operand.strides.feature : from, there);
+  const auto there = [&](int t, int f) { return t < tokens && f < inside; };
+  const auto entry = [&](int t, int f) { return from + t * operand.strides.token + f * operand.strides.feature; };
+  if constexpr (kSize == 2) {
+    store_entries<Layout>(machine, rows, shared,
+                          [&](int t, int f) { return there(t, f) ? machine.load_entry(entry(t, f)) : uint16_t{0}; });
+  } else {
+    for (int e = machine.thread(); e < rows * kTile; e += kThreads) {
+      const int t = e / kTile, f = e % kTile;
+      machine.copy_entry(shared + Layout::at(t, f) * kSize, there(t, f) ? entry(t, f) : from, there(t, f));
+    }
   }
 }
 

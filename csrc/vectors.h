@@ -35,9 +35,6 @@ struct VectorOf {
   typedef Element type __attribute__((vector_size(BYTES)));
 };
 
-template <typename Vector>
-using ElementOf = std::remove_reference_t<decltype(std::declval<Vector&>()[0])>;
-
 // Vectors of BYTES bytes on any machine.
 template <int64_t BYTES>
 struct Vectors {

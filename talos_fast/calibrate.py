@@ -19,9 +19,10 @@ from talos_fast.kept import restored
 from talos_fast.mask import Mask, resolve_density
 from talos_fast.random_state import repeatable
 from talos_fast.rounds import Masks, RoundFile, Survivors, data_digest
-from talos_fast.sensitivity.engine import Ledger, Scorer, progress_bar
+from talos_fast.sensitivity.engine import progress_bar
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.sensitivity.scorer import Ledger, Scorer
 from talos_fast.sensitivity.selection import maskable_parameters, patterns, unwrapped
 from talos_fast.sensitivity.threshold import select_extreme
 from talos_fast.sensitivity.uses import Precision
@@ -67,8 +68,8 @@ def calibrate(
 
     Args:
         model: the pre-trained model; `talos_fast.sensitivity.maskable_parameters` chooses its maskable parameters.
-        batches: ``(inputs, labels)`` or mappings with ``labels``, read once a round, in the same order: torch's
-            generators, a loader's own too, start over. About 512 inputs are enough.
+        batches: ``(inputs, labels)`` or mappings with ``labels``, read once per round and in the same order each time:
+            torch's generators, a loader's own too, start over. About 512 inputs are enough.
         density: the fraction that trains, in (0, 1]; default 0.1, the paper's. At 0.3 three small models learned 2 to 9
             points more and added as well or better (benchmarks/README.md), but MLPs train too, which costs time.
         sparsity: 1 - density, instead of it.
@@ -76,22 +77,21 @@ def calibrate(
         estimator: "fisher", "sampled-logprob", "sampled-logit", "jacobian" or "empirical".
         rounds: R; 1 scores once.
         damage: what rejected entries are multiplied by: 1 none, 0 removes them.
-        samples_per_input: probes an input that share a forward; more inputs are better than more probes.
+        samples_per_input: probes per input, which share a forward; more inputs are better than more probes.
         include, exclude: shell patterns of parameter names.
         precision: "full" or "bf16", of the products of inputs and gradients; see `sensitivities`.
         scores_device: where the scores are kept; default: with their parameters.
-        stability: report how far masks made from the even and from the odd batches agree.
+        stability: report how well masks made from the even and from the odd batches agree.
         checkpoint_dir: where complete rounds are kept. Other batches than theirs are refused, by the first one.
         resume: take up a round that is there.
         seed: of the probes, and of the order of batches that are shuffled.
         progress: bars on a terminal.
 
     Returns:
-        The mask. ``mask.info`` says how it was made: ``seconds``, ``samples`` (a round, over all ranks), and
-        ``stability``: the Jaccard index of the masks that the even and the odd batches would give, each half followed
-        through all rounds by its own scores on the jointly damaged model; None for a single batch. With several rounds
-        it reads higher than two separate runs on the halves would agree (on the demo's tasks by 0.1 to 0.18), for they
-        share the damage. More samples raise both.
+        The mask. ``mask.info`` says how it was made: ``seconds``, ``samples`` (per round, over all ranks), and
+        ``stability``: the Jaccard index of the masks that the even and the odd batches would select, None for a single
+        batch. Both halves see the model as the joint mask damaged it, so with several rounds the index is higher than
+        that of two separate runs (on the demo's tasks by 0.1 to 0.18). More samples raise both.
 
     Raises:
         TalosError: density, rounds or seed out of range, nothing maskable, no batch, NaN or infinite logits,
@@ -180,7 +180,7 @@ class _RoundScores:
         ranks.sum(accumulator.values for accumulator in ledger.values())
         scores = {name: accumulator.values for name, accumulator in ledger.items()}
         inside = {name: accumulator.wanted(self._state.kept[name]) for name, accumulator in ledger.items()}
-        _judge_zeros(scores, inside, count, self._state.round == 0)
+        _check_zeros(scores, inside, count, self._state.round == 0)
         chosen = {name: torch.zeros_like(mask) for name, mask in self._state.kept.items()}
         for name, selected in _lowest(scores, inside, count).items():
             rows, mask = ledger[name].rows, chosen[name]
@@ -192,7 +192,7 @@ def _numel(masks: Masks) -> int:
     return sum(mask.numel() for mask in masks.values())
 
 
-def _judge_zeros(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int, first: bool) -> None:
+def _check_zeros(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int, first: bool) -> None:
     """Refuses scores that say nothing, and warns of what is selected for other reasons than low sensitivity."""
     zeros = {name: int(((score == 0) & kept[name]).sum()) for name, score in scores.items()}
     total = sum(zeros.values())

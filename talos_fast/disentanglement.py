@@ -83,12 +83,12 @@ def disentanglement_error(
     planes = [_Plane(model, vectors) for model in models]
     errors = torch.zeros(len(alphas), len(alphas))
     try:
-        for task, (plane, judge) in enumerate(zip(planes, predict, strict=True)):
+        for task, (plane, classify) in enumerate(zip(planes, predict, strict=True)):
             points = [(alpha, 0.0) if task == 0 else (0.0, alpha) for alpha in alphas]
-            alone = [judge(plane.move(*point)) for point in points]
+            alone = [classify(plane.move(*point)) for point in points]
             for i, first in enumerate(alphas):
                 for j, second in enumerate(alphas):
-                    together = judge(plane.move(first, second))
+                    together = classify(plane.move(first, second))
                     errors[i, j] += (together != alone[j if task else i]).float().mean().cpu()
     finally:
         for plane in planes:

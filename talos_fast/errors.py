@@ -1,11 +1,27 @@
 """The one error type that means "your input, not our bug", and how it quotes others."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TalosError(ValueError):
     """Bad input: the message names the parameter or file, what was found, and what to do.
 
     The command line prints the message as one line and exits with code 2.
     """
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around the import of an optional package: says which extra of talos-fast installs it.
+
+    Raises:
+        TalosError: the package is not installed, or too old for what is imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise TalosError(f"{error}; pip install 'talos-fast[{extra}]'") from error
 
 
 def brief(error: BaseException) -> str:

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from talos_fast.along import edited
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batches, Forward, checked_logits, default_forward, device_of, to_device
 from talos_fast.kept import modes_kept
-from talos_fast.linear import Linearized, edited
+from talos_fast.linear import Linearized
 from talos_fast.task_vector import TaskVector
 
 
@@ -52,9 +53,7 @@ def evaluate(model: nn.Module, batches: Batches, *, forward: Forward | None = No
             logits, labels = checked_logits(forward, model, to_device(batch, device), f"batch {index}")
             correct += (logits.argmax(-1) == labels).sum()
             total += len(labels)
-    if total == 0:
-        raise TalosError("there is no batch to evaluate on; the iterable was empty (an iterator can be read only once)")
-    return Accuracy(int(correct) / total, int(correct), total)
+    return _accuracies(correct.view(1), total)[0]
 
 
 @torch.no_grad()
@@ -102,6 +101,10 @@ def _along_line(line: Linearized, batches: Batches, alphas: Sequence[float], for
         path = ends[0] + coefficients.to(ends[0].dtype) * (ends[1] - ends[0])  # (A, N, K)
         correct += (path.argmax(-1) == labels).sum(-1)
         total += len(labels)
+    return _accuracies(correct, total)
+
+
+def _accuracies(correct: Tensor, total: int) -> list[Accuracy]:
     if total == 0:
         raise TalosError("there is no batch to evaluate on; the iterable was empty (an iterator can be read only once)")
-    return [Accuracy(int(count) / total, int(count), total) for count in correct]
+    return [Accuracy(count / total, count, total) for count in correct.tolist()]

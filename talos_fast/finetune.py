@@ -78,14 +78,14 @@ def finetune(
         loss: ``loss(logits, labels) -> scalar``; default: cross-entropy.
         epochs, steps: how long; one of them. Default: one epoch. ``steps`` counts optimizer steps.
         lr: peak learning rate; default 1e-5, the paper's, but 3e-4 for "talos" and "l-lora", which leave little to
-            move. In short runs the best was up to 30 times higher. At a third of the rate that is best for a task
-            alone vectors interfere less and have learned 1 to 3 points less; their sum gained on one model of three
+            move. In short runs the best was up to 30 times higher. At a third of the rate that is best for a single
+            task, vectors interfere less but learn 1 to 3 points less; on one model of three their sum was better
             (benchmarks/results/accuracy/ablation_*.md, validation data).
         weight_decay: towards zero, of the entries that train.
         warmup: steps; default 500, or a tenth of a run of less than 5,000.
         schedule: "cosine" or "constant".
         clip: largest gradient norm, None for no clipping.
-        accumulate: batches an optimizer step.
+        accumulate: batches per optimizer step.
         amp: "auto" (bf16 autocast on CUDA), "bf16" or "off".
         compile: compiles the forward, and the backward pass with it, by `torch.compile`. For another mode or backend
             pass a ``forward`` that is compiled; a module that is compiled is refused.
@@ -117,11 +117,8 @@ def finetune(
     base, start = fingerprint(model), time.perf_counter()
 
     def train(setup: Setup, name: str, folder: Path | None) -> Trainer:
-        trained = digest({key: str(tuple(t.shape)) for key, t in setup.trained.items()})
-        identity = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base),
-                    "compat": "paper", "trained": trained, **setup.info,
-                    "mask": None if setup.mask is None else setup.mask.digest()}  # fmt: skip
-        checkpoint = None if folder is None else Checkpoint(folder, identity, resume)
+        asked = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base)}
+        checkpoint = None if folder is None else Checkpoint(folder, asked | _made(setup), resume)
         train_mode(model)
         logger.info(
             "%s: %d steps, %s from %g after a warm-up of %d, %d tensors with entries that train",
@@ -149,6 +146,13 @@ def finetune(
         "mask": None if setup.mask is None else setup.mask.info, **setup.info,
     }  # fmt: skip
     return TaskVector.from_deltas(deltas, base=base, info=info)
+
+
+def _made(setup: Setup) -> dict[str, Any]:
+    """What the method made of the request: a checkpoint is only taken up by a run that agrees."""
+    trained = digest({key: str(tuple(t.shape)) for key, t in setup.trained.items()})
+    mask = None if setup.mask is None else setup.mask.digest()
+    return {"compat": "paper", "trained": trained, **setup.info, "mask": mask}
 
 
 def _recipe(

@@ -181,11 +181,11 @@ def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> t
 
 
 def logits_facts(logits: Tensor, labels: Tensor) -> Tensor:
-    """What `judge_logits` needs, where the logits are: lowest label, highest label, whether all logits are finite."""
+    """What `check_facts` needs, where the logits are: lowest label, highest label, whether all logits are finite."""
     return torch.stack([labels.min(), labels.max(), logits.isfinite().all().to(labels.dtype)]).to(logits.dtype)
 
 
-def judge_logits(facts: list[float], classes: int, where: str) -> None:
+def check_facts(facts: list[float], classes: int, where: str) -> None:
     """Refuses logits and labels by their facts.
 
     Raises:
@@ -206,7 +206,7 @@ def check_logits(logits: Tensor, labels: Tensor, where: str) -> None:
     Raises:
         TalosError: logits that are NaN or infinite, or labels outside the classes; names the batch.
     """
-    judge_logits(logits_facts(logits.float(), labels).tolist(), logits.shape[1], where)
+    check_facts(logits_facts(logits.float(), labels).tolist(), logits.shape[1], where)
 
 
 def checked_logits(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:

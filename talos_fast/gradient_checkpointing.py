@@ -10,9 +10,10 @@ from torch import nn
 def lean_checkpointing(model: nn.Module) -> Iterator[None]:
     """Lets the backward pass stop at the lowest layer that trains, and `torch.compile` trace checkpointed layers.
 
-    With checkpointing Hugging Face makes the embeddings require a gradient, trained or not, and T5's attention a bias
-    of zeros. Reentrant checkpoints give no gradients without that, so theirs it stays. Else it only sends the backward
-    pass through every layer and breaks graphs, as does the warning that caches are off. All is as before afterwards.
+    When checkpointing is on, Hugging Face makes the output of the embeddings require a gradient, and in T5 a position
+    bias of zeros. Only reentrant checkpoints need that, and models that use them are left alone. Elsewhere it sends the
+    backward pass through frozen layers and breaks graphs, as does the warning that caches are off; so it is switched
+    off here, and restored on exit.
     """
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     with ExitStack() as stack:

@@ -40,10 +40,10 @@ def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Enables gradients and drops those of before; afterwards drops them again, and restores flags, modes and buffers.
+    """Enables gradients and clears existing ones; on exit clears them again, and restores flags, modes and buffers.
 
-    A vector holds parameters only: with buffers that moved base + vector would not be the trained model. Meanwhile
-    gradient checkpointing is lean.
+    A vector holds parameters only: if buffers moved, base + vector would not be the trained model. Meanwhile gradient
+    checkpointing is lean.
     """
     flags = {p: p.requires_grad for p in model.parameters()}
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]

@@ -157,7 +157,7 @@ class Linearized(nn.Module):
     def _expanded(self) -> Iterator[Tangents]:
         """Within it the model's parameters are duals, and evaluate with their tangents."""
         directions = self._tangents() if self.alpha else {}
-        with evaluating(self.model), dual_level():
+        with eval_mode(self.model), dual_level():
             held: dict[Tensor, Tensor] = {}
             moves: dict[Tensor, tuple[Tensor, Direction]] = {}
             for name, p in self.model.named_parameters():
@@ -190,7 +190,7 @@ def holding(model: nn.Module, held: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; all modes are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
@@ -209,43 +209,7 @@ def differentiable_forward(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH):
+        with eval_mode(model), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def edited(model: nn.Module, vector: TaskVector) -> tuple[nn.Module, Edit | Linearized]:
-    """How a model moved along a vector is evaluated: the module to call, and what moves it to a coefficient and back.
-
-    Vectors of non-linear fine-tuning are written into the model, those of linearized fine-tuning are a direction of its
-    expansion.
-    """
-    if not vector.linearized:
-        return model, Edit(model, vector.deltas)
-    expansion = Linearized.along(model, vector)
-    return expansion, expansion
-
-
-@contextmanager
-def moved(model: nn.Module, vector: TaskVector, coefficient: float = 1.0) -> Iterator[nn.Module]:
-    """The module to call for ``model`` moved along a vector, inside the block; after it the model is bit-identical."""
-    module, edit = edited(model, vector)
-    try:
-        edit.move(coefficient)
-        yield module
-    finally:
-        edit.revert()
-
-
-def require_parameters(vector: TaskVector, what: str) -> None:
-    """Refuses a vector that is no change of parameters.
-
-    Raises:
-        TalosError: it was trained on the linearized model.
-    """
-    if vector.linearized:
-        raise TalosError(
-            f"{what}: the vector is of a linearized model (method {vector.info.get('method', '?')}), which no "
-            "parameters hold; evaluate talos_fast.merge(base, vectors, alpha=…), which is a module"
-        )

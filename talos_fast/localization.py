@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from talos_fast.along import moved
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
 from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, functional_forward, to_device
-from talos_fast.linear import differentiable_forward, moved
+from talos_fast.linear import differentiable_forward
 from talos_fast.merge import Evaluate
 from talos_fast.sparse_vector import common
 from talos_fast.task_vector import TaskVector
@@ -36,7 +37,7 @@ def accuracy_matrix(
     matrix = torch.zeros(len(vectors), len(evaluate), dtype=torch.float64)
     for row, vector in zip(matrix, vectors, strict=True):
         with moved(base, vector, alpha) as model:
-            row.copy_(torch.tensor([float(judge(model)) for judge in evaluate], dtype=torch.float64))
+            row.copy_(torch.tensor([float(evaluator(model)) for evaluator in evaluate], dtype=torch.float64))
     return matrix
 
 

@@ -20,7 +20,7 @@ def sources(batches: Batches) -> list[Any]:
 class RandomState:
     """torch's generators: the CPU's, the device's, and those that the batches have of their own.
 
-    Workers that outlive an epoch are started here: the pass that starts them draws a seed, which others do not.
+    Persistent workers are started here, because the first ``iter(loader)`` draws a seed and later ones do not.
     """
 
     def __init__(self, batches: Batches, device: torch.device) -> None:

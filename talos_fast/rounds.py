@@ -82,7 +82,8 @@ class Survivors:
 def data_digest(batches: Batches, ranks: Ranks) -> str:
     """A digest, as hex, of the first batch of every rank together, which is read twice.
 
-    Batches that are never twice the same cannot be told from others: theirs is that of no batch.
+    Where two reads differ (augmentation without a seed) the first batch says nothing of the data: the digest is that of
+    no batch, and fits any data.
     """
 
     def look() -> int:

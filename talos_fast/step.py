@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, differentiable, judge_logits, logits_facts, logits_of, to_device
+from talos_fast.forward import Batch, check_facts, differentiable, logits_facts, logits_of, to_device
 from talos_fast.methods import Setup
 from talos_fast.watch import Watch
 
@@ -96,12 +96,12 @@ class Step:
         low, high, finite, value = facts
         sound = (low >= 0) & (high < classes) & finite.bool() & value.isfinite()
 
-        def judge(found: list[float]) -> None:
-            judge_logits(found[:3], classes, where)
+        def check(found: list[float]) -> None:
+            check_facts(found[:3], classes, where)
             if not math.isfinite(found[3]):
                 raise TalosError(f"{where}: the loss is {found[3]}; the step was not taken")
 
-        self.watch.note(facts, ~sound, judge)
+        self.watch.note(facts, ~sound, check)
         if not loss.requires_grad:
             raise TalosError(
                 f"{where}: the loss depends on nothing that trains; the forward does not use it, or runs it in a "
@@ -120,14 +120,14 @@ class Step:
         limit = self._setup.clip or partial(nn.utils.clip_grad_norm_, self._parameters)
         norm = limit(self._clip)
 
-        def judge(found: list[float]) -> None:
+        def check(found: list[float]) -> None:
             if not math.isfinite(found[0]):
                 raise TalosError(f"{where}: the norm of the gradient is {found[0]}; the step was not taken")
 
-        self.watch.note(norm.detach().reshape(1), ~norm.isfinite(), judge, then)
+        self.watch.note(norm.detach().reshape(1), ~norm.isfinite(), check, then)
 
     def update(self, lr: float | Tensor) -> None:
-        """One step of the optimizer, which skips it if the watch has tripped.
+        """One step of the optimizer, which skips it if the watch has seen a bad one.
 
         Args:
             lr: the learning rate; in a CUDA graph a tensor of shape () on the device, to be filled between replays.
@@ -138,7 +138,7 @@ class Step:
         if not self._skips:
             optimizer.step()
             return
-        optimizer.found_inf = self.watch.tripped
+        optimizer.found_inf = self.watch.found_inf
         try:
             optimizer.step()
         finally:

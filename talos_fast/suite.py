@@ -18,8 +18,7 @@ from talos_fast.forward import device_of
 from talos_fast.merging import METHODS as MERGINGS
 from talos_fast.methods import METHODS, get_method
 from talos_fast.models import Backbone
-from talos_fast.study import Study
-from talos_fast.study_plan import MethodResult, Plan, StudyResult
+from talos_fast.study import MethodResult, Plan, Study, StudyResult
 from talos_fast.tasks import Split, Task
 from talos_fast.tasks.base import check_distinct
 

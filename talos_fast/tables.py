@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from talos_fast import report
-from talos_fast.study_plan import StudyResult
+from talos_fast.study import StudyResult
 
 PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
 

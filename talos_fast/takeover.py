@@ -19,9 +19,9 @@ class Takeover(TorchFunctionMode):
     """Within it `answer` is called in place of each of ``functions``.
 
     Hooks and patched modules would have to know each class that holds a linear map; torch.compile traces through a mode
-    without a graph break, and compiles anew when it is entered or left. While a mode answers for a function it is off,
-    and would miss the functions inside: those of attention, and of a checkpointed forward that the backward runs again.
-    Those it opens up and stays on.
+    without a graph break, and compiles anew when it is entered or left. torch switches a mode off while its handler
+    runs, so the calls inside attention, and inside a checkpointed forward that the backward runs again, would be
+    missed: the Python code of those is run with the mode entered once more.
     """
 
     functions: tuple[Callable[..., Any], ...]  # in a set torch.compile would not find them

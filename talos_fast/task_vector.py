@@ -18,7 +18,7 @@ CARD = """---
 ---
 # Task vector
 
-Sparse task vector made with [talos-fast](https://pypi.org/project/talos-fast/). Add it to the model it was made from:
+Sparse task vector, made with talos-fast. Add it to the model it was made from:
 
 ```python
 import talos_fast as talos

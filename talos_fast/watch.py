@@ -9,7 +9,7 @@ from torch import Tensor
 
 from talos_fast.optim import launch
 
-Judge = Callable[[list[float]], None]
+Check = Callable[[list[float]], None]
 """Given the facts of a note, raises if something was wrong."""
 
 
@@ -17,68 +17,67 @@ Judge = Callable[[list[float]], None]
 class _Note:
     facts: Tensor
     arrived: torch.cuda.Event | None
-    judge: Judge
+    check: Check
     then: Callable[[], None] | None
 
 
 class Watch:
     """Keeps the host from waiting for a GPU at every step.
 
-    `tripped` is raised on the device by the first bad note and stays raised. An optimizer that gets it as ``found_inf``
-    skips the bad step and every later one, so that whenever the host comes to know, the parameters are those from
-    before the bad step.
+    The first bad note sets `found_inf` on the device, for good. An optimizer that is given it skips the bad step and
+    every later one, so that whenever the host comes to know, the parameters are those from before the bad step.
 
     Args:
         device: where the notes are made.
         lag: how many notes may be unread when `settle` returns; 0: each is read at once.
 
     Attributes:
-        tripped: 0. or 1., of shape () on the device.
+        found_inf: 0. or 1., of shape () on the device.
     """
 
     def __init__(self, device: torch.device, lag: int) -> None:
-        self.tripped = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), device=device)
         self._lag = lag
         self._notes: deque[_Note] = deque()
 
-    def note(self, facts: Tensor, bad: Tensor, judge: Judge, then: Callable[[], None] | None = None) -> None:
+    def note(self, facts: Tensor, bad: Tensor, check: Check, then: Callable[[], None] | None = None) -> None:
         """Makes a note, and reads those that are due.
 
-        While a CUDA graph is captured only the flag is written: a replay leaves the host no facts to judge, but
-        skips bad steps and those after them, and `tripped` says so whenever the host cares to wait.
+        While a CUDA graph is captured only the flag is written: a replay leaves the host no facts to check, but
+        skips bad steps and those after them, and `found_inf` says so whenever the host cares to wait.
 
         Args:
-            facts: (n,) numbers that ``judge`` needs, on the device.
-            bad: bool of shape (), on the device: whether ``judge`` will raise.
-            judge: called on the host with the facts, later.
+            facts: (n,) numbers that ``check`` needs, on the device.
+            bad: bool of shape (), on the device: whether ``check`` will raise.
+            check: called on the host with the facts, later.
             then: called after it, if nothing was wrong with this and all earlier notes.
 
         Raises:
-            TalosError: from ``judge``, of this note or an earlier one.
+            TalosError: from ``check``, of this note or an earlier one.
         """
-        torch.maximum(self.tripped, bad.to(self.tripped.dtype), out=self.tripped)
+        torch.maximum(self.found_inf, bad.to(self.found_inf.dtype), out=self.found_inf)
         arrived = None
         if launch.is_capturing():
             return
         if facts.is_cuda:
             pinned = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
             facts, arrived = pinned.copy_(facts, non_blocking=True), torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(self.tripped.device))
-        self._notes.append(_Note(facts, arrived, judge, then))
+            arrived.record(torch.cuda.current_stream(self.found_inf.device))
+        self._notes.append(_Note(facts, arrived, check, then))
         self.settle(self._lag)
 
     def settle(self, unread: int = 0) -> None:
         """Reads notes, oldest first, until at most ``unread`` are left; waits for them if it must.
 
         Raises:
-            TalosError: from the first judge that finds something wrong; the notes after it are dropped.
+            TalosError: from the first check that finds something wrong; the notes after it are dropped.
         """
         while len(self._notes) > unread:
             note = self._notes.popleft()
             if note.arrived is not None:
                 note.arrived.synchronize()
             try:
-                note.judge(note.facts.tolist())
+                note.check(note.facts.tolist())
             except Exception:
                 self._notes.clear()
                 raise

@@ -49,10 +49,13 @@ class Machine {
     start_copy({to, from, bytes, 16});
   }
   void copy_entry(int to, const float* from, bool there) { start_copy({to, from, there ? 4 : 0, 4}); }
-  void copy_entry(int to, const uint16_t* from, bool there) {
-    const Copy copy{to, from, there ? 2 : 0, 2};
-    check(copy);
-    land(copy);
+  uint16_t load_entry(const uint16_t* from) {
+    check_read(from, 2);
+    return block_.error.empty() ? *from : uint16_t{0};
+  }
+  void store_entry(int to, uint16_t entry) {
+    check_write(to, 2);
+    land({to, &entry, 2, 2});
   }
   void commit() { groups_.emplace_back(); }
   template <int PENDING>
@@ -162,17 +165,18 @@ class Machine {
     }
   }
 
-  void check(const Copy& copy) {
-    bool readable = copy.bytes == 0;
-    for (const Range& range : block_.options.readable) readable |= range.holds(copy.from, copy.bytes);
+  void check_read(const void* from, int bytes) {
+    bool readable = bytes == 0;
+    for (const Range& range : block_.options.readable) readable |= range.holds(from, bytes);
     if (!readable) block_.fail("a copy reads outside its operand");
-    if (copy.to < 0 || copy.to + copy.size > static_cast<int>(block_.shared.size())) {
-      block_.fail("a copy leaves shared memory");
-    }
+  }
+  void check_write(int to, int size) {
+    if (to < 0 || to + size > static_cast<int>(block_.shared.size())) block_.fail("a copy leaves shared memory");
   }
 
   void start_copy(const Copy& copy) {
-    check(copy);
+    check_read(copy.from, copy.bytes);
+    check_write(copy.to, copy.size);
     if (block_.options.late) {
       groups_.back().push_back(copy);
     } else {

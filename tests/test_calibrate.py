@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from talos_fast import Mask, TalosError, calibrate
 from talos_fast.sensitivity import sensitivities
-from talos_fast.sensitivity.engine import wanted_rows
+from talos_fast.sensitivity.scorer import wanted_rows
 from talos_fast.sensitivity.uses import Accumulator
 
 
@@ -99,7 +99,7 @@ def test_rows_that_cannot_be_selected_any_more_are_left_out(dtype, monkeypatch):
         full.append(kept.shape[0])
         return None if full[-1] and all_rows else rows
 
-    monkeypatch.setattr("talos_fast.sensitivity.engine.wanted_rows", watched)
+    monkeypatch.setattr("talos_fast.sensitivity.scorer.wanted_rows", watched)
     all_rows = False
     some = calibrate(net, data, density=0.05, stability=False, progress=False)
     assert 0 < sum(sizes) < 0.8 * sum(full)

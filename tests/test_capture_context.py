@@ -166,7 +166,7 @@ def test_captures_are_freed_layer_by_layer(monkeypatch):
         alive.append(sum(ref() is not None for ref in inputs))
         add_squares(uses, into, precision)
 
-    monkeypatch.setattr("talos_fast.sensitivity.engine.add_squares", watched)
+    monkeypatch.setattr("talos_fast.sensitivity.scorer.add_squares", watched)
     model, batch = randomized(Deep()), data(4, 5)
     scores(model, batch, samples_per_input=2)
     second = alive[len(alive) // 2 :]  # the last probe frees, the ones before it must not

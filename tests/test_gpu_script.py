@@ -116,6 +116,17 @@ def test_make_takes_the_python_of_the_user_s_path(tmp_path):
     assert made.stdout.strip() == os.environ["PATH"], made.stderr
 
 
+def test_the_sanitizer_is_told_of_every_kernel():
+    listed = re.search(r"local ours=\((.*)\)", (ROOT / "benchmarks" / "gpu.sh").read_text())[1].split()
+    cuda = "".join(file.read_text() for file in (ROOT / "csrc").glob("*.cu"))
+    triton = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    kernels = re.findall(r"__global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+)\(", cuda)
+    kernels += re.findall(
+        r"@triton\.jit(?:\([^@]*?\))?\ndef ([a-z]\w*)\(", triton
+    )  # with an underscore: called by those
+    assert sorted(listed) == sorted(kernels) and len(kernels) >= 7
+
+
 def test_nothing_is_measured_without_the_libraries(run):
     done, summary = run(install="exit 1")
     assert done.returncode == 1

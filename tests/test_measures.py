@@ -9,9 +9,9 @@ from torch import nn
 
 import talos_fast as talos
 from talos_fast import Mask, TalosError, TaskVector, models, plots
+from talos_fast.along import moved
 from talos_fast.disentanglement import GRID, disentanglement_error
 from talos_fast.forward import default_forward
-from talos_fast.linear import moved
 from talos_fast.localization import accuracy_matrix, activation_matrix, directional_derivative
 
 NAMES = ("a", "b", "c")
@@ -205,7 +205,8 @@ def test_pictures(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     plots.plot_efficiency(tmp_path / "rows.json", tmp_path / "efficiency.png")
     plots.plot_disentanglement(torch.rand(21, 21), GRID, tmp_path / "xi.png", tasks=("a", "b"))
-    for name in ("interference", "matrix", "masks", "efficiency", "xi"):
+    plots.plot_disentanglement(torch.rand(1, 1), [0.3], tmp_path / "point.png", tasks=("a", "b"))
+    for name in ("interference", "matrix", "masks", "efficiency", "xi", "point"):
         picture(tmp_path / f"{name}.png")
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from talos_fast import TalosError, TaskVector, interference, merge, search_alpha
+from talos_fast.alpha_search import AlphaSearch, choose_alpha
 from talos_fast.edit import Edit
-from talos_fast.merge import AlphaSearch, choose_alpha
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -110,6 +110,16 @@ def test_an_edit_along_two_directions(base):
 
 def tuned_from(base, start, vector):
     return vector.apply_to({"weight": start.clone(), "bias": base.bias.detach()}, check_base=False)["weight"]
+
+
+def test_a_base_in_another_dtype_is_asked_for_by_name(base):
+    """Its bits differ, so it counts as another base until it is said to be meant."""
+    vector, wide = TaskVector(base, tuned(base, 1)), copy.deepcopy(base).double()
+    with pytest.raises(TalosError, match="another base"):
+        merge(wide, [vector])
+    edited = merge(wide, [vector], check_base=False)
+    assert edited.weight.dtype is torch.float64
+    torch.testing.assert_close(edited.weight, wide.weight + vector.to_dense()["weight"].double())
 
 
 def test_ties_take_the_smallest_alpha(base):

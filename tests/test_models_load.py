@@ -1,6 +1,8 @@
 """Loading by name, and what is said when that does not work."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,3 +126,20 @@ def test_a_package_that_is_not_there(monkeypatch):
         models.load("open_clip:ViT-B-32")
     with pytest.raises(TalosError, match="0 names of timm"):
         models.load("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(("package", "name", "extra"), [
+    ("transformers", "hf:nowhere", "t5"), ("transformers", "t5:nowhere", "t5"), ("open_clip", "tiny", "demo"),
+])  # fmt: skip
+def test_an_extra_that_is_not_installed_is_named(monkeypatch, package, name, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(TalosError, match=rf"{package}.*; pip install 'talos-fast\[{extra}\]'"):
+        models.load(name)
+
+
+def test_commands_without_pillow_name_the_extra():
+    """In a process of its own, since the demo's tasks import it with their module."""
+    code = "import sys; sys.modules['PIL'] = None; from talos_fast.cli import main; main()"
+    for line in ("calibrate --model tiny --data demo:digits", "demo"):
+        done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "talos-fast[demo]" in done.stderr and "Traceback" not in done.stderr

@@ -11,8 +11,8 @@ from talos_fast import TalosError
 from talos_fast.forward import default_forward
 from talos_fast.sensitivity import sensitivities
 from talos_fast.sensitivity.axis import HALF, SCALE, Axis, codes, consistent, row_values
-from talos_fast.sensitivity.engine import Scorer
 from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.sensitivity.scorer import Scorer
 from talos_fast.sensitivity.selection import maskable_parameters
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -106,14 +106,14 @@ def test_an_optimizer_that_cannot_skip_is_read_at_once():
 def test_notes_are_read_in_order_and_the_first_bad_one_speaks():
     watch, read = Watch(torch.device("cpu"), lag=3), []
 
-    def judge(found):
+    def check(found):
         read.append(found[0])
         if found[0] < 0:
             raise TalosError(f"bad {found[0]}")
 
     for value in (1.0, -2.0, -3.0):
-        watch.note(torch.tensor([value]), torch.tensor(value < 0), judge)
-    assert read == [] and watch.tripped == 1
+        watch.note(torch.tensor([value]), torch.tensor(value < 0), check)
+    assert read == [] and watch.found_inf == 1
     with pytest.raises(TalosError, match=r"bad -2\.0"):
         watch.settle()
     watch.settle()

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 from tiny_models import image_task, tiny_clip
 
-from talos_fast import TalosError, study_learner
+from talos_fast import TalosError
 from talos_fast.cells import Cells
-from talos_fast.study import Plan, Study
+from talos_fast.study import Plan, Study, learner
 
 PLAN = Plan({"nonlinear": (1e-3, 3e-3), "lota": (1e-3, 3e-3)}, steps=3, batch_size=6, selection=1)
 
@@ -30,7 +30,7 @@ def without_seconds(found: dict) -> dict:
 
 def test_killed_and_resumed_measures_the_same(backbone, tmp_path, monkeypatch):
     whole = json.loads(json.dumps(rows(backbone, PLAN, Cells())))
-    train, calls = study_learner.finetune, []
+    train, calls = learner.finetune, []
 
     def dying(*arguments, **options):
         calls.append(options["method"])
@@ -38,7 +38,7 @@ def test_killed_and_resumed_measures_the_same(backbone, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
-    monkeypatch.setattr(study_learner, "finetune", dying)
+    monkeypatch.setattr(learner, "finetune", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             rows(backbone, PLAN, Cells(tmp_path, asdict(PLAN)))

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from tiny_models import image_task, tiny_clip
 
-from talos_fast import Mask, TalosError, TaskVector, study_examiner, study_learner, tasks
+from talos_fast import Mask, TalosError, TaskVector, tasks
 from talos_fast.cli import main
 from talos_fast.cli.suite import _done
-from talos_fast.study_plan import MethodResult, Plan
+from talos_fast.study import MethodResult, Plan, examiner, learner
 from talos_fast.suite import Suite, choose_methods, run_suite, task_digest
 
 METHODS = ("nonlinear", "linearized", "l-lora", "lota", "talos")
@@ -106,7 +106,7 @@ def test_a_table_of_all_methods(finished):
 @pytest.mark.parametrize("calls", [6, 20])
 def test_interrupted_and_resumed_it_gives_the_same(place, small, tmp_path, monkeypatch, calls):
     """Ctrl-C among the first fine-tunings, and among the evaluations; no vector is made twice."""
-    evaluated, done, resumed = study_examiner.evaluate_along, [], backbone()
+    evaluated, done, resumed = examiner.evaluate_along, [], backbone()
 
     def stopping(*arguments, **options):
         done.append(1)
@@ -115,7 +115,7 @@ def test_interrupted_and_resumed_it_gives_the_same(place, small, tmp_path, monke
         return evaluated(*arguments, **options)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(study_examiner, "evaluate_along", stopping)
+        patched.setattr(examiner, "evaluate_along", stopping)
         run_suite(resumed, whole(place, SMALL), tmp_path, progress=False)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("task_vector.safetensors")}
     run_suite(resumed, whole(place, SMALL), tmp_path, progress=False)
@@ -127,7 +127,7 @@ def test_nothing_is_measured_again(place, finished, monkeypatch):
     def refused(*arguments, **options):
         raise AssertionError("measured again")
 
-    for module, name in ((study_learner, "finetune"), (study_learner, "calibrate"), (study_examiner, "evaluate_along")):
+    for module, name in ((learner, "finetune"), (learner, "calibrate"), (examiner, "evaluate_along")):
         monkeypatch.setattr(module, name, refused)
     again = run_suite(backbone(), whole(place), finished[0], progress=False)
     assert [row.to_json() for row in again.methods] == [row.to_json() for row in finished[1].methods]

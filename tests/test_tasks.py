@@ -286,3 +286,10 @@ def test_half_characters_are_refused(tmp_path):
     path.write_text('{"split": "train", "text": "\\ud800", "label": "a"}\n')
     with pytest.raises(TalosError, match="line 1: found text"):
         tasks.load(path)
+
+
+def test_two_names_of_one_split_are_refused(tmp_path):
+    for split in ("train", "test", "val", "dev"):
+        (tmp_path / split / "a").mkdir(parents=True)
+    with pytest.raises(TalosError, match="dev and val are both names of validation; keep one"):
+        tasks.load(tmp_path)

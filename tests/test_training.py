@@ -34,14 +34,14 @@ def problem() -> training.Problem:
 
 @pytest.fixture(scope="module")
 def rivals(problem):
-    """Number of steps -> torch's AdamW."""
-    return functools.cache(lambda steps: training.rivals(problem, steps))
+    """Number of steps, where they are taken -> torch's AdamW."""
+    return functools.cache(lambda steps, device: training.rivals(problem, steps, device))
 
 
 @pytest.mark.parametrize("backend", PLACES)
 def test_a_full_mask_trains_as_adamw(problem, rivals, backend):
     """In plain torch bit for bit; elsewhere as close as torch's own for-loop and fused AdamW are to each other."""
-    found = training.with_a_full_mask(problem, backend, *rivals(STEPS[backend]))
+    found = training.with_a_full_mask(problem, backend, *rivals(STEPS[backend], training.device_of(backend)))
     assert found["by_triton"] == (len(list(problem.model.parameters())) if backend in ("interpreter", "cuda") else 0)
     assert found["distance"] < min(3 * found["distance_of_fused"], 0.05 * found["way"])
     if backend == "torch":

@@ -70,7 +70,7 @@ def test_no_step_waits_for_the_device(kind, method, tmp_path):
     take(step, batches, 3, NoSync)
     step.watch.settle()
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
-        step.watch.tripped.item()
+        step.watch.found_inf.item()
 
 
 @pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_torch_sees_no_step_wait_for_the_gpu(kind, method, tmp_path):
     take(step, batches, 5, sync_is_an_error)
     step.watch.settle()
     with pytest.raises(RuntimeError, match="synchronizing"), sync_is_an_error():
-        step.watch.tripped.item()
+        step.watch.found_inf.item()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def replay_beside(replayed, eager, accumulate=1):
             tensor.copy_(tensor.flip(-1))
         graph.replay()
         take(eager, eager_batches, 1, lr=eager_rate, accumulate=accumulate)
-    assert step.watch.tripped == 0
+    assert step.watch.found_inf == 0
     for name, p in found.items():
         torch.testing.assert_close(p, expected[name], rtol=1e-3, atol=1e-4)
 
@@ -208,5 +208,5 @@ def test_a_bad_replay_changes_nothing(tmp_path):
     before = {name: p.detach().clone() for name, p in trained.items()}
     batches[0][0].fill_(float("nan"))
     graph.replay()
-    assert step.watch.tripped == 1
+    assert step.watch.found_inf == 1
     assert all(torch.equal(p, before[name]) for name, p in trained.items())

@@ -16,6 +16,7 @@ from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
 from talos_fast.cli.profile import app as profile_app
 from talos_fast.cli.suite import app as suite_app
+from talos_fast.errors import needs
 from talos_fast.evaluate import evaluate_along
 from talos_fast.kept import restored
 from talos_fast.methods import METHODS, Compat
@@ -64,17 +65,17 @@ def calibrate(
     density: Annotated[float | None, typer.Option(help="Fraction that trains; default 0.1.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="1 - density, instead of it.")] = None,
     estimator: Annotated[Estimator, typer.Option(metavar="<str>", help=" | ".join(get_args(Estimator)))] = "fisher",
-    rounds: Annotated[int, typer.Option(help="Of scoring and selecting.")] = 4,
-    damage: Annotated[float, typer.Option(help="Factor on rejected entries between rounds.")] = 0.1,
-    samples_per_input: Annotated[int, typer.Option(help="Probes an input.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds of scoring and pruning.")] = 4,
+    damage: Annotated[float, typer.Option(help="What rejected entries are scaled by between rounds.")] = 0.1,
+    samples_per_input: Annotated[int, typer.Option(help="Random probes per input.")] = 1,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; repeatable.")] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the products of inputs and gradients.")] = "full",
+    precision: Annotated[Precision, typer.Option(help="Precision of the products of inputs and gradients.")] = "full",
     scores_device: Annotated[str | None, typer.Option(help="Where scores are kept; default: --device.")] = None,
-    stability: Annotated[bool, typer.Option(help="Report how alike the masks of two halves are.")] = True,
+    stability: Annotated[bool, typer.Option(help="Report how well the masks of two halves of the data agree.")] = True,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Keep finished rounds here, to go on from.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint that is there.")] = True,
-    samples: Annotated[int, typer.Option(min=1, metavar="<n>", help="Training inputs to score on, a round.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, metavar="<n>", help="Training inputs scored per round.")] = 512,
     batch_size: o.BatchSize = 32,
 ) -> None:
     """Find the entries that a task is least sensitive to, and write them as a mask."""
@@ -105,20 +106,22 @@ def finetune(
     out: Annotated[Path, typer.Option(help="The task vector, a folder.")] = Path("task_vector"),
     weights: o.Weights = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "talos",
-    mask: Annotated[Path | None, typer.Option(help="What calibrate wrote; for talos.")] = None,
-    density: Annotated[float | None, typer.Option(help="Fraction that trains, for lota; default 0.1.")] = None,
-    finetuned: Annotated[Path | None, typer.Option(help="Vector of a nonlinear run, for lota; else one first.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the adapters of l-lora; default 16.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="They act times this / rank; default 32.")] = None,
-    compat: Annotated[Compat, typer.Option(help="Or as the released code has it.")] = "paper",
-    epochs: Annotated[int | None, typer.Option(help="How long, or --steps; default 1.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak; default 1e-5, 3e-4 for talos and l-lora.")] = None,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of the entries that train.")] = 0.1,
-    warmup: Annotated[int | None, typer.Option(help="Steps; default 500, or a tenth of the run.")] = None,
-    schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = "cosine",
+    mask: Annotated[Path | None, typer.Option(help="talos: what calibrate wrote.")] = None,
+    density: Annotated[float | None, typer.Option(help="lota: fraction that trains; default 0.1.")] = None,
+    finetuned: Annotated[Path | None, typer.Option(help="lota: a full fine-tuning; default: one is run first.")] = None,
+    rank: Annotated[int | None, typer.Option(help="l-lora: rank of the adapters; default 16.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="l-lora: adapters act times this / rank; default 32.")
+    ] = None,
+    compat: Annotated[Compat, typer.Option(help="paper, or as its released code computes it.")] = "paper",
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training, or give --steps; default 1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default 1e-5, talos and l-lora 3e-4.")] = None,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of the entries that train.")] = 0.1,
+    warmup: Annotated[int | None, typer.Option(help="Warm-up steps; default 500, or a tenth of the run.")] = None,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate, after the warm-up.")] = "cosine",
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
-    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
     amp: Annotated[Amp, typer.Option(help="bf16 autocast; auto: on CUDA.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile, around forward and backward.")] = False,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Default: OUT/checkpoint, removed when done.")] = None,
@@ -168,18 +171,19 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the table, the plots and the vectors.")] = Path("demo-output"),
     data: Annotated[list[Path] | None, typer.Option(help="A task; repeatable. Default: the embedded ones.")] = None,
     control: Annotated[Path | None, typer.Option(help="The control task of negation.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of fine-tuning a task.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs a batch.")] = None,
-    nonlinear_lr: Annotated[list[float] | None, typer.Option(help="Rates to choose from; repeatable.")] = None,
-    talos_lr: Annotated[list[float] | None, typer.Option(help="Rates to choose from, as many; repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Fine-tuning steps per task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs per batch.")] = None,
+    nonlinear_lr: Annotated[list[float] | None, typer.Option(help="Learning rates to choose from; repeatable.")] = None,
+    talos_lr: Annotated[list[float] | None, typer.Option(help="As many, for talos; repeatable.")] = None,
 ) -> None:
     """Calibrate, fine-tune, add and negate every task; write the table, plots, masks and vectors."""
-    from talos_fast.demo.run import run as run_demo
+    with needs("demo"):
+        from talos_fast.demo.run import run as run_demo
 
     storage.require_folder(out, "--out")
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": run.seed}
     rates = {"nonlinear": nonlinear_lr, "talos": talos_lr}
     tasks = None if data is None else o.load_tasks(data)
-    (judge,) = [None] if control is None else o.load_tasks([control])
-    summary = run_demo(run.backbone(), tasks, judge, out, given, rates, progress=not run.quiet)
+    (control_task,) = [None] if control is None else o.load_tasks([control])
+    summary = run_demo(run.backbone(), tasks, control_task, out, given, rates, progress=not run.quiet)
     storage.write_json(out / "report.json", summary)

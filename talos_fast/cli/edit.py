@@ -10,11 +10,11 @@ from torch import nn
 
 import talos_fast as talos
 from talos_fast import storage
+from talos_fast.along import require_parameters
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
 from talos_fast.evaluate import evaluate_along
 from talos_fast.fingerprint import require_base
-from talos_fast.linear import require_parameters
 from talos_fast.merge import Evaluate
 from talos_fast.merging import METHODS, check_options, combine
 from talos_fast.models import Backbone, Classifier
@@ -41,14 +41,14 @@ def merge(
     add: Add = None,
     subtract: Subtract = None,
     onto: o.Weights = None,
-    alpha: Annotated[str, typer.Option(help="A number, or 'search'.")] = "1.0",
-    weights: Annotated[list[float] | None, typer.Option(help="One a vector, in the order added, subtracted.")] = None,
+    alpha: Annotated[str, typer.Option(help="Coefficient of the sum, or 'search'.")] = "1.0",
+    weights: Annotated[list[float] | None, typer.Option(help="One per vector: of --add, then of --subtract.")] = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "task_arithmetic",
-    option: Annotated[list[str] | None, typer.Option(help="Of the method, NAME=VALUE; repeatable.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Option of the method, NAME=VALUE; repeatable.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="For search: the task of each vector, in that order.")] = None,
     control: Annotated[Path | None, typer.Option(help="For search: the control task; makes it a negation.")] = None,
     control_floor: Annotated[
-        float | None, typer.Option(help="Of the control accuracy, the fraction to keep; default 0.95.")
+        float | None, typer.Option(help="Fraction of the control accuracy to keep; default 0.95.")
     ] = None,
     batch_size: o.BatchSize = 128,
 ) -> None:
@@ -101,7 +101,7 @@ def evaluate(
     add: Add = None,
     subtract: Subtract = None,
     alpha: Annotated[float | None, typer.Option(help="Coefficient of --add and --subtract; default 1.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON of the accuracies.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the accuracies there, as JSON.")] = None,
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Top-1 accuracy of a model, edited or not, on one or more tasks."""
@@ -186,14 +186,14 @@ def _search(
     size: int,
     **options: Any,
 ) -> tuple[Classifier, talos.AlphaSearch]:
-    def judge(task: Task) -> tuple[Classifier, Evaluate]:
+    def evaluator(task: Task) -> tuple[Classifier, Evaluate]:
         classifier = backbone.classifier(task)
         batches = backbone.batches(task.validation, batch_size=size)
         return classifier, lambda _: talos.evaluate(classifier, batches)
 
-    judges = [judge(task) for task in tasks]
-    control = judge(controls[0])[1] if controls else None
-    base = judges[0][0]
+    made = [evaluator(task) for task in tasks]
+    control = evaluator(controls[0])[1] if controls else None
+    base = made[0][0]
     o.load_weights(base, onto)
-    found = talos.search_alpha(base, vectors, evaluate=[e for _, e in judges], control=control, **options)
+    found = talos.search_alpha(base, vectors, evaluate=[evaluate for _, evaluate in made], control=control, **options)
     return base, found

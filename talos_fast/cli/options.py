@@ -15,7 +15,7 @@ import yaml
 
 from talos_fast import models, tasks
 from talos_fast.arguments import checked_seed
-from talos_fast.errors import TalosError, brief
+from talos_fast.errors import TalosError, brief, needs
 from talos_fast.fingerprint import read_checkpoint
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
@@ -124,7 +124,7 @@ Weights = Annotated[
 Data = Annotated[
     Path, typer.Option(help="Folder of train/CLASS/*.png files, .npz, .jsonl(.gz), hub:NAME@COMMIT, demo:NAME.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="<n>", help="Inputs a batch.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="<n>", help="Inputs per batch.")]
 
 
 def require_mask(method: str, mask: Path | None) -> None:
@@ -166,7 +166,8 @@ def _load_task(path: Path) -> Task:
         return tasks.from_hub(source, revision=revision or None)
     if not str(path).startswith("demo:"):
         return tasks.load(path)
-    from talos_fast.demo.tasks import TASKS
+    with needs("demo"):
+        from talos_fast.demo.tasks import TASKS
 
     name = str(path).removeprefix("demo:")
     if name not in TASKS:

@@ -10,7 +10,7 @@ import typer
 from talos_fast import storage
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
-from talos_fast.study_plan import MethodResult, Plan
+from talos_fast.study import MethodResult, Plan
 from talos_fast.suite import RATES, Suite, choose_methods, run_suite
 from talos_fast.tables import show_means
 from talos_fast.tasks import Task, get_preset
@@ -45,12 +45,12 @@ def suite(
     methods: Annotated[list[str] | None, typer.Option(help="all (default), or names separated by commas.")] = None,
     merge: Annotated[list[str] | None, typer.Option(help="Post-hoc merging of nonlinear vectors; repeatable.")] = None,
     lr: Annotated[
-        list[str] | None, typer.Option(help="RATE for all, or METHOD=RATE; the best of several is taken.")
+        list[str] | None, typer.Option(help="Learning rate, RATE or METHOD=RATE; the best of several is taken.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of a fine-tuning; default the preset's, or 2000.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default the preset's, or 128.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Default the preset's, or 0.1.")] = None,
-    density: Annotated[float, typer.Option(help="Of the masks of talos and lota.")] = 0.1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a fine-tuning; default: the preset's, or 2000.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs; default: the preset's, or 128.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: the preset's, or 0.1.")] = None,
+    density: Annotated[float, typer.Option(help="Fraction that trains, for talos and lota.")] = 0.1,
     samples: Annotated[int, typer.Option(min=1, help="Training inputs to calibrate on.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many validation inputs.")] = None,
     test_limit: Annotated[int | None, typer.Option(min=1, help="At most this many test inputs.")] = None,
@@ -90,17 +90,17 @@ def _done(row: MethodResult) -> str:
 def _given(paths: list[Path], preset: str | None, data: Path | None, control: Path | None, seed: int) -> _Given:
     if (preset is None) == (not paths):
         raise TalosError("give either --preset with --data, or --tasks")
-    judge = None if control is None else o.load_tasks([control])[0]
+    control_task = None if control is None else o.load_tasks([control])[0]
     if preset is None:
         if data is not None:
             raise TalosError(f"--data {data} is the folder of a preset; give tasks with --tasks")
-        return _Given(o.load_tasks(paths), judge)
+        return _Given(o.load_tasks(paths), control_task)
     known = get_preset(preset)
     if data is None:
         raise TalosError(f"--preset {preset} needs --data, a folder with a folder for each of {', '.join(known.tasks)}")
     loaded = [known.task(name, data, seed) for name in known.tasks]
-    judge = judge or known.task(known.control, data, seed)
-    return _Given(loaded, judge, known.batch_size, known.weight_decay, known.lr, known.recipes())
+    control_task = control_task or known.task(known.control, data, seed)
+    return _Given(loaded, control_task, known.batch_size, known.weight_decay, known.lr, known.recipes())
 
 
 def _shortened(recipe: Mapping[str, Any], steps: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from talos_fast.demo.tokenizer import WordTokenizer
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 
 if TYPE_CHECKING:
     from talos_fast.models.open_clip import OpenClipBackbone
@@ -55,10 +55,8 @@ def load_backbone(
 
 def build(architecture: dict[str, Any]) -> Any:
     """An `open_clip.CLIP` with random weights, float32, on the CPU."""
-    try:
+    with needs("demo"):
         from open_clip import CLIP
-    except ImportError as error:
-        raise TalosError(f"the demo needs open_clip ({error}); pip install 'talos-fast[demo]'") from error
     return CLIP(**architecture)
 
 

@@ -56,9 +56,9 @@ def run(
     start = time.perf_counter()
     if (tasks is None) != (control is None):
         raise TalosError("own tasks need an own control, and the other way round: give both --data and --control")
-    chosen, judge = (demo_tasks(), control_task()) if tasks is None or control is None else (list(tasks), control)
+    chosen, control = (demo_tasks(), control_task()) if tasks is None or control is None else (list(tasks), control)
     plan = _plan(EMBEDDED if tasks is None else OWN, changes, rates)
-    study = Study(backbone, chosen, judge, plan, progress)
+    study = Study(backbone, chosen, control, plan, progress)
     result = study.run()
     _print(result)
     for name, mask in result.masks.items():
@@ -106,10 +106,10 @@ def _plots(study: Study, result: StudyResult, tasks: Sequence[Task], out: Path) 
     if len(tasks) < 2:
         return
     first, second = tasks[0], tasks[1]
-    judges = (study.predict(first, HEAT_MAP_INPUTS), study.predict(second, HEAT_MAP_INPUTS))
+    predict = (study.predict(first, HEAT_MAP_INPUTS), study.predict(second, HEAT_MAP_INPUTS))
     for method, vectors in result.vectors.items():
         models = (study.classifier(first), study.classifier(second))
-        errors = disentanglement_error(models, (vectors[first.name], vectors[second.name]), judges, HEAT_MAP)
+        errors = disentanglement_error(models, (vectors[first.name], vectors[second.name]), predict, HEAT_MAP)
         pair = (first.name, second.name)
         mean = float(errors[torch.isfinite(errors)].mean())
         title = f"{method}: mean ξ {mean:.2f}"

@@ -82,8 +82,8 @@ class Setup:
         export: after training, the change of the model's parameters; leaves the trained model in the model's
             parameters.
         mask: which entries of the parameters move, if not all do.
-        clip: brings the norm of the gradients below a limit, inf included, and returns it; by default torch's
-            `clip_grad_norm_` of what is trained.
+        clip: ``clip(max_norm)`` limits the norm of all gradients (inf only measures) and returns the norm of before;
+            by default torch's `clip_grad_norm_` of what is trained.
         around: gives a context to enter around each forward and backward.
         fixed: what the forward reads and nobody writes, beside the parameters of the model that do not train.
         info: provenance (JSON); ``linearized`` says that the vector is evaluated on the linearized model.

@@ -15,8 +15,8 @@ from talos_fast.optim.compaction import Entries
 def masked(request: Request, mask: Mask, info: dict[str, Any] | None = None, entries: Entries = "selected") -> Setup:
     """Trains what the mask selects with MaskedAdam; every other entry stays bit-identical.
 
-    Gradients of linear layers are computed for rows with selected entries only, and kept for selected entries only. So
-    it is their norm that is clipped: the released code's, over whole tensors, also counts entries that never move.
+    Gradients of linear layers are computed for rows with selected entries only, and kept for selected entries only.
+    Clipping uses the norm of those; the released code's, over whole tensors, also counts entries that never move.
 
     Args:
         request: what the user asked for.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.kept import modes_kept
 from talos_fast.models.base import Backbone, Classifier, fill
 from talos_fast.models.heads import CosineHead
@@ -114,7 +114,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> EncoderBackbone
     Raises:
         TalosError: files that are missing or damaged, or an encoder-decoder.
     """
-    from transformers import AutoModel
+    with needs("t5"):
+        from transformers import AutoModel
 
     encoder, tokenizer = from_pretrained(AutoModel, name, dtype)
     if encoder.config.is_encoder_decoder:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.tasks.base import Inputs
 
 
@@ -96,7 +96,8 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         TalosError: no such file, or not a whole picture.
     """
-    from PIL import Image
+    with needs("clip"):
+        from PIL import Image
 
     try:
         with Image.open(path) as image:

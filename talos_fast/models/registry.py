@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.forward import usable_device
 from talos_fast.models import encoders, open_clip, t5, timm
 from talos_fast.models.base import Backbone
@@ -58,7 +58,8 @@ def load(
         return t5.load(rest, where, dtype)
     if kind == "hf":
         return encoders.load(rest, where, dtype)
-    from talos_fast.demo.model import load_backbone
+    with needs("demo"):
+        from talos_fast.demo.model import load_backbone
 
     return load_backbone(where, dtype)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.models.base import Backbone, Classifier
 from talos_fast.models.heads import ChoiceHead
 from talos_fast.models.text import check_texts, from_pretrained, tokenize
@@ -109,7 +109,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> T5Backbone:
     Raises:
         TalosError: files that are missing or damaged, or another architecture.
     """
-    from transformers import AutoModelForSeq2SeqLM
+    with needs("t5"):
+        from transformers import AutoModelForSeq2SeqLM
 
     encoder, tokenizer = from_pretrained(AutoModelForSeq2SeqLM, name, dtype)
     if encoder.config.model_type not in MODEL_TYPES:

@@ -17,8 +17,8 @@ Entries = Literal["all", "selected"]
 class Compaction:
     """The hooks on the masked parameters; what `MaskedAdam.compact_gradients` returns.
 
-    After a backward pass ``p.grad`` is a `CompactGradient`; the dense one is freed when the next layer's is not yet
-    made. Where the gradient comes from `SelectedRows` there is no dense one at all: it reaches the entries through a
+    After a backward pass ``p.grad`` is a `CompactGradient`; each dense one is freed before the next layer's is made.
+    Where the gradient comes from `SelectedRows` there is no dense one at all: it reaches the entries through a
     *carrier*, a leaf of (entries,) that stands for the parameter in the graph and owns no memory.
 
     Args:

@@ -34,9 +34,9 @@ class MaskedGradients(AdamW):
     def clip_grad_norm_(self, max_norm: float, entries: Entries = "all", error_if_nonfinite: bool = False) -> Tensor:
         """Has the next `step` divide its gradients so that their 2-norm is at most ``max_norm``; rewrites none.
 
-        As `torch.nn.utils.clip_grad_norm_` over this optimizer's parameters, without its pass over the gradients and
-        without a sync. With a GradScaler call it after ``scaler.unscale_(optimizer)``; under ``fused=True`` that may be
-        left out: the step knows the scale, by which the norm returned here is then still multiplied. A second call
+        Like `torch.nn.utils.clip_grad_norm_` over this optimizer's parameters, but without its pass over the gradients
+        and without a sync. With a GradScaler call ``scaler.unscale_(optimizer)`` first; with ``fused=True`` that may be
+        skipped, since the step knows the scale: the norm returned here is then still multiplied by it. A second call
         before the step replaces the first; `zero_grad` forgets it.
 
         Args:

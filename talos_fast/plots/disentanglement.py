@@ -25,7 +25,7 @@ def plot_disentanglement(
     from matplotlib.patheffects import withStroke
 
     axis = axes[0, 0]
-    half = (alphas[1] - alphas[0]) / 2
+    half = (alphas[1] - alphas[0]) / 2 if len(alphas) > 1 else 0.5
     extent = (alphas[0] - half, alphas[-1] + half, alphas[0] - half, alphas[-1] + half)
     image = axis.imshow(
         errors.T.numpy(), origin="lower", extent=extent, vmin=0, vmax=2, cmap="magma_r", interpolation="nearest"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.storage import atomic, require_file
 
 
@@ -13,10 +13,8 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
     Raises:
         TalosError: matplotlib is not installed.
     """
-    try:
+    with needs("plots"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TalosError("plots need matplotlib; pip install 'talos-fast[plots]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(squeeze=False, **grid)
 

@@ -1,6 +1,6 @@
 """One training iteration as `finetune` runs it, phase by phase."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from talos_fast.forward import Batch
 from talos_fast.methods import Setup
 from talos_fast.methods.base import Deltas
-from talos_fast.profiling.measure import Mark
 from talos_fast.profiling.work import Work, count_work
 from talos_fast.step import Amp, Loss, Step
 
 LR = 1e-5
+
+PHASES = ("forward_backward", "clip", "step", "release")
+"""What an iteration consists of. "clip" is everything between the backward pass and the optimizer's step: unscaling the
+gradients where there is a scaler, their norm, and bringing it below its limit. "release" gives the gradients' memory
+back; it is counted to the forward and backward pass, which asked for it."""
+
+Mark = Callable[[], None]
 
 
 def without_export(setup: Setup) -> Setup:
@@ -65,7 +71,7 @@ class FinetuneIteration:
         return work
 
     def run(self, mark: Mark) -> None:
-        """One iteration; see `Iteration`."""
+        """One iteration, calling ``mark`` at the end of each of `PHASES`."""
         self._step.backward(self._batch, "the batch")
         mark()
         self._step.clip("the batch")

@@ -2,20 +2,16 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from talos_fast.profiling.iteration import PHASES, FinetuneIteration
 from talos_fast.profiling.memory import Memory
-
-PHASES = ("forward_backward", "clip", "step", "release")
-"""What an iteration consists of. "clip" is everything between the backward pass and the optimizer's step: unscaling the
-gradients where there is a scaler, their norm, and bringing it below its limit. "release" gives the gradients' memory
-back; it is counted to the forward and backward pass, which asked for it."""
 
 COLUMNS = {
     "fwd-bwd": ("forward_backward", "release"),
@@ -25,18 +21,6 @@ COLUMNS = {
     "total": PHASES,
 }
 """What is shown, and which phases it sums."""
-
-Mark = Callable[[], None]
-
-
-class Iteration(Protocol):
-    """One training iteration that can be measured."""
-
-    def prepare(self) -> None:
-        """What must be so before it runs, and is not timed."""
-
-    def run(self, mark: Mark) -> None:
-        """Runs it, calling ``mark`` at the end of each of `PHASES`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class Timings:
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
-def peak(iteration: Iteration, memory: Memory, compiles: bool) -> int | None:
+def peak(iteration: FinetuneIteration, memory: Memory, compiles: bool) -> int | None:
     """The most bytes that are held in two iterations, of which the first makes the moments; None: `memory` cannot say.
 
     Args:
@@ -77,14 +61,14 @@ def peak(iteration: Iteration, memory: Memory, compiles: bool) -> int | None:
     return memory.peak(partial(_run_twice, iteration))
 
 
-def _run_twice(iteration: Iteration) -> None:
+def _run_twice(iteration: FinetuneIteration) -> None:
     for _ in range(2):
         iteration.prepare()
         iteration.run(lambda: None)
 
 
 def interleave(
-    iterations: Mapping[str, Iteration], device: torch.device, *, warmup: int, rounds: int
+    iterations: Mapping[str, FinetuneIteration], device: torch.device, *, warmup: int, rounds: int
 ) -> dict[str, Timings]:
     """Times the iterations in turn, round after round, so that a slow moment of the machine hits them alike.
 
@@ -104,7 +88,7 @@ def interleave(
     return {name: Timings(phases) for name, phases in seconds.items()}
 
 
-def _timed(iteration: Iteration, device: torch.device) -> list[float]:
+def _timed(iteration: FinetuneIteration, device: torch.device) -> list[float]:
     iteration.prepare()
     if device.type != "cuda":
         stamps = [time.perf_counter()]

@@ -27,9 +27,9 @@ SCALE, STEP = 2.0**12, 2.0**4
 class Limits(NamedTuple):
     """How far row values may differ: ``tolerance``, of the row's norm, and ``floor``.
 
-    The tolerance is far above what kernels that add in varying order change. A sum with random signs is below it once
-    in a hundred rows (five times in fp16), all of several never are, so that codes, a factor of 2 or a sign apart, are
-    told from each other. Gradients that a code may push below the range of the dtype decide nothing.
+    The tolerance is far above the rounding of kernels that add in varying order. The sum of a row with random signs
+    falls below it by chance in 1 % of rows (5 % in fp16), all of several such sums never do, so codes that differ by a
+    factor of 2 or by a sign are told apart. Gradients that a code may push below the range of the dtype decide nothing.
     """
 
     tolerance: float

@@ -17,7 +17,7 @@ CACHE = "attention_bias_cache"
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def scoring_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter requiring a gradient, eager execution without checkpointing; all restored.
 
     Raises:

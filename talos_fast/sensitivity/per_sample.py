@@ -116,7 +116,7 @@ def gradients_one_by_one(
 
     A gradient is received by name as soon as it is complete, and then freed: no two are held at once.
     """
-    for n in numbers or range(len(probe)):
+    for n in range(len(probe)) if numbers is None else numbers:
         coefficients = probe[n]
         with _receiving(parameters, receive):
             single = forward(model, take(batch, n, n + 1, size or len(probe)))

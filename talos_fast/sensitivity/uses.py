@@ -11,6 +11,7 @@ from math import prod
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from talos_fast.sensitivity.accumulate import accumulate_squared_per_sample_
@@ -106,15 +107,20 @@ class Accumulator:
     def add_outer(self, use: Outer, precision: Precision) -> None:
         """Adds Σ_n (Σ_t grads ⊗ inputs)² with the fused operator, for the wanted rows only."""
         inputs, grads, first, ins = use.inputs, use.grads, use.first, use.inputs.shape[2]
+        count = grads.shape[2]
         if self.rows is not None:
             start = first // ins
-            begin, end = torch.searchsorted(self.rows, torch.tensor([start, start + grads.shape[2]])).tolist()
-            if end - begin < grads.shape[2]:
-                grads = grads[..., (self.rows[begin:end] - start).to(grads.device)]
+            begin, end = torch.searchsorted(self.rows, torch.tensor([start, start + count])).tolist()
+            if end - begin < count:
+                count = end - begin
+                # Filled up to 16 bytes, in which CUDA copies what begins on such; what was filled in is cut off below.
+                chosen = F.pad(self.rows[begin:end] - start, (0, -count % 8))
+                grads = grads[..., chosen.to(grads.device)]
             first = begin * ins
-        target = self.values.view(-1)[first : first + grads.shape[2] * ins].view(grads.shape[2], ins)
+        target = self.values.view(-1)[first : first + count * ins].view(count, ins)
         if precision == "bf16":
             inputs, grads = inputs.bfloat16(), grads.bfloat16()
+        grads = grads[..., :count]
         if target.device == grads.device:
             accumulate_squared_per_sample_(target, inputs.to(grads.dtype), grads)
         else:

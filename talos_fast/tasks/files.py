@@ -16,7 +16,7 @@ import numpy.typing as npt
 from talos_fast.errors import TalosError
 from talos_fast.tasks.base import Split, Task
 from talos_fast.tasks.class_names import describe
-from talos_fast.tasks.splits import ALIASES, complete
+from talos_fast.tasks.splits import ALIASES, complete, named_splits
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -78,7 +78,8 @@ def load(
 
 
 def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Split], tuple[str, ...]]:
-    roots = {ALIASES[d.name.lower()]: d for d in sorted(path.iterdir()) if d.is_dir() and d.name.lower() in ALIASES}
+    folders = [folder.name for folder in path.iterdir() if folder.is_dir()]
+    roots = {split: path / name for split, name in named_splits(folders, path).items()}
     if "train" not in roots:
         raise TalosError(f"{path}: found no train folder; lay images out as train/<class>/*.png and test/<class>/*.png")
     classes = [folder.name for folder in _class_folders(roots["train"])]

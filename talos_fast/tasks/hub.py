@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.tasks.base import Inputs, Split, Task
-from talos_fast.tasks.splits import ALIASES, complete
+from talos_fast.tasks.splits import complete, named_splits
 
 TEXT_COLUMNS = ("text", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "coarse_label")
@@ -34,10 +34,8 @@ def load_dataset(
         TalosError: `datasets` is not installed, a Hub data set without a full commit as revision, or files that are
             missing or damaged.
     """
-    try:
+    with needs("data"):
         import datasets
-    except ImportError as error:
-        raise TalosError(f"{source}: needs the package datasets; pip install 'talos-fast[data]'") from error
     folder = Path(source)
     if not folder.is_dir() and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise TalosError(
@@ -90,7 +88,7 @@ def from_hub(
         >>> from_hub("user/name", revision="<the 40 digits of a commit>")
     """
     content = load_dataset(source, revision=revision, config=config, cache_dir=cache_dir)
-    splits = {ALIASES[key.lower()]: part for key, part in content.items() if key.lower() in ALIASES}
+    splits = {split: content[key] for split, key in named_splits(content, Path(source)).items()}
     if not splits:
         raise TalosError(f"{source}: found the splits {sorted(content)}; a task needs train and test")
     features = next(iter(splits.values())).features

@@ -37,14 +37,12 @@ class Source:
         columns: that a row must have.
         answers: class names; the answers, unless the examples have their own.
         splits: our split -> the source's; a test split taken from "validation" is cut into validation and test.
-        config: of the data set on the Hub.
     """
 
     example: Callable[[Row], Example]
     columns: tuple[str, ...]
     answers: tuple[str, ...]
     splits: tuple[tuple[str, str], ...] = (("train", "train"), ("validation", "validation"), ("test", "test"))
-    config: str | None = None
 
     def read(self, rows: Mapping[str, list[Row]], where: str) -> dict[str, Split]:
         """Splits from the rows of each of the source's splits.
@@ -138,16 +136,16 @@ SOURCES = {
     "qasc": Source(qasc, ("question", "choices", "answerKey", "fact1", "fact2"), LETTERS, CUT),
     "wiki_qa": Source(wiki_qa, ("question", "answer", "label"), NO_YES),
     "quartz": Source(quartz, ("question", "choices", "answerKey", "para"), LETTERS[:2]),
-    "paws": Source(paws, ("sentence1", "sentence2", "label"), NO_YES, config="labeled_final"),
+    "paws": Source(paws, ("sentence1", "sentence2", "label"), NO_YES),
     "story_cloze": Source(
         story_cloze, ("InputSentence1", "RandomFifthSentenceQuiz1", "AnswerRightEnding"), LETTERS[:2],
         (("train", "validation"), ("test", "test")),
     ),
     "winogrande": Source(
-        winogrande, ("sentence", "option1", "option2", "answer"), LETTERS[:2], CUT, config="winogrande_xl"
+        winogrande, ("sentence", "option1", "option2", "answer"), LETTERS[:2], CUT
     ),
-    "wsc": Source(wsc, ("text", "span1_text", "span2_text", "label"), NO_YES, CUT, config="wsc.fixed"),
-    "rte": Source(rte, ("premise", "hypothesis", "label"), ("yes", "no"), CUT, config="rte"),
+    "wsc": Source(wsc, ("text", "span1_text", "span2_text", "label"), NO_YES, CUT),
+    "rte": Source(rte, ("premise", "hypothesis", "label"), ("yes", "no"), CUT),
 }  # fmt: skip
 
 

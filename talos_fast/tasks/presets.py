@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.tasks import language, vision, vision_names
 from talos_fast.tasks.base import Task
 from talos_fast.tasks.files import load
@@ -55,10 +55,6 @@ class Preset:
             raise TalosError(f"{root}: found no folder {' or '.join(tried)} for {name}; put the data set there")
         return self.read(name, folder, seed)
 
-    def load(self, root: str | Path, seed: int = 0) -> tuple[list[Task], Task]:
-        """All tasks, and the control."""
-        return [self.task(name, root, seed) for name in self.tasks], self.task(self.control, root, seed)
-
     def recipes(self) -> dict[str, dict[str, Any]]:
         """Task -> options of `talos_fast.finetune`."""
         return {
@@ -97,10 +93,8 @@ def _named(task: Task) -> Task:
 
 def _imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """open_clip's class names, in the order of the synsets, and its 80 templates, with {} for the name."""
-    try:
+    with needs("clip"):
         from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-    except ImportError as error:
-        raise TalosError("ImageNet's class names come with open_clip; pip install 'talos-fast[clip]'") from error
     names = [str(name) for name in IMAGENET_CLASSNAMES]
     # A few names stand for two synsets (crane, maillot); a task's class names must differ.
     unique = [name if names.index(name) == n else f"{name} (second sense)" for n, name in enumerate(names)]

@@ -1,7 +1,7 @@
 """From whatever splits a source has to the three that a task needs."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,22 @@ ALIASES = {
     "testing": "test",
 }
 """Names that sources use for their splits."""
+
+
+def named_splits(names: Iterable[str], source: Path) -> dict[str, str]:
+    """Split -> what the source calls it; other names are left out.
+
+    Raises:
+        TalosError: two names of one split.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        split = ALIASES.get(name.lower())
+        if split in found:
+            raise TalosError(f"{source}: {found[split]} and {name} are both names of {split}; keep one")
+        if split is not None:
+            found[split] = name
+    return found
 
 
 def hold_out(labels: npt.NDArray[np.int64], share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from talos_fast.errors import TalosError
+from talos_fast.errors import TalosError, needs
 from talos_fast.tasks.base import Split
+from talos_fast.tasks.files import IMAGE_SUFFIXES
 from talos_fast.tasks.splits import hold_out
 
 Found = tuple[dict[str, Split], tuple[str, ...] | None]
@@ -177,8 +178,6 @@ def _subfolders(root: Path) -> list[str]:
 
 
 def _class_images(root: Path, classes: Sequence[str]) -> tuple[list[Path], npt.NDArray[np.int64]]:
-    from talos_fast.tasks.files import IMAGE_SUFFIXES
-
     files = [sorted(p for p in (root / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) for name in classes]
     labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
     return [path for group in files for path in group], labels.astype(np.int64)
@@ -191,11 +190,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _mat(path: Path) -> dict[str, Any]:
-    try:
+    with needs("data"):
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
-    except ImportError as error:
-        raise TalosError(f"{path}: MATLAB files need scipy; pip install 'talos-fast[data]'") from error
     try:
         content: dict[str, Any] = loadmat(str(path), squeeze_me=True)
     except (MatReadError, OSError, ValueError, TypeError, NotImplementedError) as error:

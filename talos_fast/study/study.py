@@ -6,16 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from talos_fast.alpha_search import AlphaSearch, choose_alpha
 from talos_fast.cells import Cells
 from talos_fast.mask import Mask
-from talos_fast.merge import AlphaSearch, choose_alpha
 from talos_fast.merging import combine
 from talos_fast.models import Backbone, Classifier
-from talos_fast.study_examiner import Examiner
-from talos_fast.study_learner import Learner
-from talos_fast.study_plan import MethodResult as MethodResult
-from talos_fast.study_plan import Plan as Plan
-from talos_fast.study_plan import StudyResult as StudyResult
+from talos_fast.study.examiner import Examiner
+from talos_fast.study.learner import Learner
+from talos_fast.study.plan import MethodResult, Plan, StudyResult
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
 from talos_fast.tasks.base import check_distinct
@@ -131,21 +129,21 @@ class Study:
         row.addition, row.added = AlphaSearch.from_json(found["search"]), found["added"]
 
     def _search_addition(self, vectors: dict[str, TaskVector], merged: TaskVector) -> AlphaSearch:
-        grid, judge = self._plan.addition_grid, self._examiner
-        references = tuple(judge.validate(task, vectors[task.name])[0] for task in self._tasks)
-        by_task = [judge.validate(task, merged, grid) for task in self._tasks]
+        grid, validate = self._plan.addition_grid, self._examiner.validate
+        references = tuple(validate(task, vectors[task.name])[0] for task in self._tasks)
+        by_task = [validate(task, merged, grid) for task in self._tasks]
         return choose_alpha(grid, list(zip(*by_task, strict=True)), [None] * len(grid), references, None)
 
     def _negated(self, task: Task, vector: TaskVector) -> dict[str, Any]:
         forget, control = -vector, self._control_of(task)
         search = self._search_negation(task, control, forget)
-        target, kept = (self._examiner.test(judge, forget, search.alpha) for judge in (task, control))
+        target, kept = (self._examiner.test(each, forget, search.alpha) for each in (task, control))
         return {"search": search.to_json(), "target": target, "control": kept}
 
     def _search_negation(self, task: Task, control: Task, forget: TaskVector) -> AlphaSearch:
         grid, validate = self._plan.negation_grid, self._examiner.validate
-        (target,), (kept,) = (validate(judge, self._nothing, [0.0]) for judge in (task, control))
-        targets, controls = (validate(judge, forget, grid) for judge in (task, control))
+        (target,), (kept,) = (validate(each, self._nothing, [0.0]) for each in (task, control))
+        targets, controls = (validate(each, forget, grid) for each in (task, control))
         single = [(accuracy,) for accuracy in targets]
         return choose_alpha(grid, single, controls, (target,), kept, self._plan.control_floor)
 

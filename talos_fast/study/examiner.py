@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from talos_fast.evaluate import evaluate_along
 from talos_fast.forward import Batches, default_forward, device_of, map_tensors, to_device
 from talos_fast.models import Backbone, Classifier
-from talos_fast.study_plan import Plan
+from talos_fast.study.plan import Plan
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Split, Task
 

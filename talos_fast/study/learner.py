@@ -11,8 +11,8 @@ from talos_fast.finetune import finetune
 from talos_fast.kept import restored
 from talos_fast.mask import Mask
 from talos_fast.models import Backbone
-from talos_fast.study_examiner import Examiner
-from talos_fast.study_plan import Plan
+from talos_fast.study.examiner import Examiner
+from talos_fast.study.plan import Plan
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
 
