@@ -1,5 +1,6 @@
 """What every test starts from: one seed, poisoned memory, no surprise threads, and an honest count of GPU tests."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Has ``caplog`` hold what the library says of what it does."""
+    with caplog.at_level(logging.INFO, "talos_fast"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """How capture finds uses and whose rows they hold, on networks made to mislead it; float64, against vmap(grad)."""
 
-import logging
-
 import pytest
 import torch
 from oracles import assert_equal, by_loop, by_vmap, data, logit, randomized, scores, uncovered
@@ -11,16 +9,12 @@ from torch.nn import functional as F
 from talos_fast.sensitivity import ALIASING, RULES, PerSample, UncoveredError, rule
 from talos_fast.sensitivity.axis import Axis, codes, consistent, row_values
 
+pytestmark = pytest.mark.usefixtures("logged")
+
 
 def expected(model, *batches):
     parts = [by_vmap(model, logit, batch) for batch in batches]
     return {name: sum(part[name] for part in parts) for name in parts[0]}
-
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    with caplog.at_level(logging.INFO, "talos_fast"):
-        yield
 
 
 class Layouts(nn.Module):

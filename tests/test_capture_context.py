@@ -1,6 +1,5 @@
 """Capture inside attention modules, under autocast, checkpointing and wrappers; what it refuses, and what it frees."""
 
-import logging
 import weakref
 
 import pytest
@@ -13,11 +12,7 @@ from talos_fast import TalosError
 from talos_fast.sensitivity import maskable_parameters
 from talos_fast.sensitivity.uses import add_squares
 
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    with caplog.at_level(logging.INFO, "talos_fast"):
-        yield
+pytestmark = pytest.mark.usefixtures("logged")
 
 
 ATTENTION = {

@@ -1,6 +1,5 @@
 """Batches, outputs and labels out of the ordinary: taken apart, or refused with the reason."""
 
-import logging
 from collections import UserDict
 from types import MappingProxyType
 
@@ -13,11 +12,7 @@ from torch import nn
 from talos_fast import TalosError
 from talos_fast.sensitivity import sensitivities
 
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    with caplog.at_level(logging.INFO, "talos_fast"):
-        yield
+pytestmark = pytest.mark.usefixtures("logged")
 
 
 class Text(nn.Module):

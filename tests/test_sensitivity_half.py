@@ -1,7 +1,5 @@
 """Models in 16 bits: the same axes as in fp32, though fp16 gradients are subnormal, and nothing less is refused."""
 
-import logging
-
 import pytest
 import torch
 from oracles import by_loop, uncovered
@@ -15,13 +13,8 @@ from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Scorer
 from talos_fast.sensitivity.selection import maskable_parameters
 
+pytestmark = pytest.mark.usefixtures("logged")
 HALVES = [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    with caplog.at_level(logging.WARNING, "talos_fast"):
-        yield
 
 
 class Tokens(nn.Module):

@@ -1,7 +1,6 @@
 """Models that are another in evaluation mode, or write to themselves in their forward; modes of torch around them."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ from torch.nn import functional as F
 from talos_fast import evaluate
 from talos_fast.sensitivity import sensitivities
 
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    with caplog.at_level(logging.INFO, "talos_fast"):
-        yield
+pytestmark = pytest.mark.usefixtures("logged")
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -1,7 +1,6 @@
 """Odd uses of a parameter: scored exactly, by a rule or by torch.func."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -12,11 +11,7 @@ from torch.nn import functional as F
 
 from talos_fast.sensitivity.selection import maskable_parameters
 
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    with caplog.at_level(logging.INFO, "talos_fast"):
-        yield
+pytestmark = pytest.mark.usefixtures("logged")
 
 
 def mapped(layer, x):

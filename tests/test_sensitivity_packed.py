@@ -1,7 +1,5 @@
 """Rows that are not one a sample: of what is there, packed by lengths, or as many as samples by chance."""
 
-import logging
-
 import pytest
 import torch
 from oracles import assert_equal, by_loop, data, randomized, uncovered
@@ -9,11 +7,7 @@ from torch import nn
 
 from talos_fast.sensitivity import sensitivities
 
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    with caplog.at_level(logging.INFO, "talos_fast"):
-        yield
+pytestmark = pytest.mark.usefixtures("logged")
 
 
 class Unpadded(nn.Module):
