@@ -58,7 +58,8 @@ class Bench:
     def compare(self, rival: str, kind: str, label: str) -> None:
         """Adds to the row ``label``: the rival beside the baseline of the same kind, or alone where memory is short."""
         baseline = self.settle(rival, kind)
-        if baseline is None if rival == BASELINE else self.needs(rival) > self.free():
+        lacking = baseline is None if rival == BASELINE else self.needs(rival) > self.free()
+        if lacking:
             self.rows.setdefault(label, {"missing": f"needs {self.needs(rival) / 2**30:.0f} GiB"})
             return
         stepper = baseline if rival == BASELINE else self.make(rival, kind)

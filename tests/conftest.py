@@ -20,6 +20,9 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
