@@ -76,7 +76,7 @@ class PaperIteration(FinetuneIteration):
             return self._loss(logits.float(), labels_of(self._batch, "the batch"))
 
     def run(self, mark: Mark) -> None:
-        """One iteration; see `Iteration`."""
+        """One iteration, calling ``mark`` at the end of each of `PHASES`."""
         scaler, optimizer = self._scaler, self.setup.optimizer
         scaler.scale(self.forward_loss()).backward()
         mark()

@@ -71,7 +71,7 @@ def test_accumulate(device: str, threads: int, request: pytest.FixtureRequest) -
         torch.set_num_threads(before)
     content = {"benchmark": "accumulate_squared_per_sample_", "samples": SAMPLES, "threads": threads, "rows": tables}
     path = option.results / f"squares_{device}_{threads}threads.json"
-    write_json(path, content | header(device))
+    write_json(path, header(device) | content)  # whose threads are those of the measurement
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -114,7 +114,7 @@ def test_threshold(request: pytest.FixtureRequest) -> None:
         torch.set_num_threads(before)
     content = {"benchmark": "threshold", "scores": count, "k": k, "threads": 1, "rows": rows}
     path = option.results / "threshold_cpu_1threads.json"
-    write_json(path, content | header("cpu"))
+    write_json(path, header("cpu") | content)
 
 
 def ten_times(scores: Tensor) -> dict[str, float]:

@@ -186,7 +186,8 @@ def main() -> None:
         full = with_a_full_mask(given, backend, *rivals_on(device_of(backend)))
         sparse = with_a_talos_mask(given, backend, chosen.steps)
         where = environment(torch.device(device_of(backend)))
-        content = {**where, **about, "stepped_by": backend, "full_mask": full, "talos_mask": sparse}
+        settings = {**about, "eps": EPS[device_of(backend)], "stepped_by": backend}
+        content = {**where, **settings, "full_mask": full, "talos_mask": sparse}
         write_json(RESULTS / f"training_{backend}.json", content)
         for row in (full, sparse):
             print(backend, {key: value for key, value in row.items() if "losses" not in key}, flush=True)

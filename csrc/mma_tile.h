@@ -67,6 +67,7 @@ struct Cursor {
 // stored, since the compiler moves no load across a store to shared memory.
 template <typename Layout, typename Machine, typename Load>
 TALOS_DEVICE void store_entries(Machine& machine, int rows, int shared, const Load& load) {
+  static_assert(kMma * kTile % kThreads == 0, "rows come kMma at a time");
   constexpr int kBatch = kMma * kTile / kThreads;
   for (int e = machine.thread(); e < rows * kTile; e += kBatch * kThreads) {
     uint16_t entries[kBatch];

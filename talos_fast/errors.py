@@ -12,8 +12,8 @@ class TalosError(ValueError):
 
 
 @contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Around the import of an optional package: says which extra of talos-fast installs it.
+def needs(extra: str, what: object = "") -> Iterator[None]:
+    """Around the import of an optional package: says which extra of talos-fast installs it, and what needs it.
 
     Raises:
         TalosError: the package is not installed, or too old for what is imported.
@@ -21,7 +21,8 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise TalosError(f"{error}; pip install 'talos-fast[{extra}]'") from error
+        about = f"{what}: " if what else ""
+        raise TalosError(f"{about}{error}; pip install 'talos-fast[{extra}]'") from error
 
 
 def brief(error: BaseException) -> str:

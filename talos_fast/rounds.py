@@ -83,7 +83,7 @@ def data_digest(batches: Batches, ranks: Ranks) -> str:
     """A digest, as hex, of the first batch of every rank together, which is read twice.
 
     Where two reads differ (augmentation without a seed) the first batch says nothing of the data: the digest is that of
-    no batch, and fits any data.
+    no batch, so that such a run is only taken up with batches that vary too, whichever they are.
     """
 
     def look() -> int:

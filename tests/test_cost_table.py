@@ -1,6 +1,5 @@
-"""How the cost table is shown: ratios, spread, memory, aims, and what the README says of them."""
+"""How the cost table is shown: ratios, spread, memory, aims, the plot."""
 
-import json
 import sys
 from typing import Any
 
@@ -14,7 +13,6 @@ import show
 from aims import aims
 from efficiency import points
 
-RESULTS = ROOT / "benchmarks" / "results"
 MODELS = render.MODELS
 
 
@@ -99,64 +97,3 @@ def test_the_plot_has_every_row_but_the_baselines_and_knows_which_were_alone():
     assert {key for key, point in found.items() if point.alone} == {("linearized", "eager")}
     talos = found["talos", "eager"]
     assert (talos.time, talos.memory) == pytest.approx((0.6, 0.5))
-
-
-def section(title: str, page: str = "README.md") -> str:
-    """Of a page, its lines joined."""
-    _, _, rest = (ROOT / page).read_text().partition(f"## {title}\n")
-    return " ".join(rest.partition("\n## ")[0].split())
-
-
-def test_the_readme_shows_the_committed_summary():
-    assert (RESULTS / "summary.md").read_text() in (ROOT / "README.md").read_text()
-
-
-def test_the_readme_says_of_memory_and_compiling_what_was_measured():
-    contents = {content["model"]: content for content in render.load(RESULTS)}
-    above = [show.short(contents[model], "talos", "eager", "above the model") for model in MODELS]
-    assert "`talos` adds to the model {}, {} and {} of".format(*above) in section("What it costs")
-    taken = {}
-    for method in ("nonlinear", "talos"):
-        for variant in ("eager", "compiled"):
-            cells = show.cells(contents["ViT-B-32"], show.row_of(contents["ViT-B-32"], method, variant))
-            taken[method, variant] = show.measured("total", cells["total"]).removesuffix(" ms")
-    for method, words in (("nonlinear", "took {} ms instead of {},"), ("talos", "`talos` {} instead of {} ")):
-        assert words.format(taken[method, "compiled"], taken[method, "eager"]) in section("What it costs")
-
-
-def test_the_pages_say_of_the_step_what_was_measured():
-    rows = {model: json.loads((RESULTS / f"step_{model}_cpu.json").read_text())["rows"] for model in MODELS}
-    assert {len({row["rounds"] for row in rows[model].values()}) for model in MODELS} == {1}
-    page = section("The optimizer's step", "benchmarks/README.md")
-    for name, digits in (("TaLoS mask", 2), ("TaLoS mask, clip + step", 2), ("LoTA-like 10 %", 2), ("10 % random", 2)):
-        found = [rows[model][f"MaskedAdam, {name}"] for model in MODELS]
-        shown = [f"{row['of_fused']:.{digits}f} [{row['of_fused_min']:.{digits}f}–{row['of_fused_max']:.{digits}f}]"
-                 for row in found]  # fmt: skip
-        assert f"| {' | '.join(shown)} |" in page
-    dense = [rows[model]["dense masked AdamW, TaLoS mask"] for model in MODELS]
-    assert f"| {dense[-1]['of_fused']:.1f}* |" in page and not dense[-1]["interleaved"]
-    ours = [f"{rows[model]['MaskedAdam, TaLoS mask']['of_fused']:.2f}" for model in MODELS]
-    low, high = (f"{choose(row['of_fused'] for row in dense):.1f}" for choose in (min, max))
-    said = section("What it costs")
-    assert "alone takes {}, {} and {} of".format(*ours) in said and f"takes {low} to {high} times" in said
-    contents = {content["model"]: content for content in render.load(RESULTS)}
-    released = [show.cells(contents[m], show.row_of(contents[m], "talos", "paper"))["step"].times for m in MODELS]
-    assert "that takes {}, {} and {} of the foreach AdamW".format(*released) in page
-
-
-def test_the_pages_say_of_calibration_what_was_measured():
-    def of_plain(model: str, group: str, way: str, digits: int = 1) -> str:
-        content = json.loads((RESULTS / f"calibration_{model}_cpu.json").read_text())
-        assert content[group]["revision"].isalnum()  # of a clean commit
-        return f"{content[group]['rows'][way]['of_plain']:.{digits}f}"
-
-    full, bf16 = (of_plain("ViT-B-32", "ours, batch 16", f"talos-fast, {kind}", 2) for kind in ("full", "bf16"))
-    peers = [of_plain("ViT-B-32-timm", "peers, batch 8", way)
-             for way in ("BackPACK, no norms", "vmap(grad), 4 at a time", "Opacus")]  # fmt: skip
-    released = [of_plain("ViT-B-32", f"released, batch {size}", "as released") for size in (4, 8, 16)]
-    said, page = section("What it costs"), section("Calibration", "benchmarks/README.md")
-    assert f"takes {full} times a plain" in said and f"; {bf16} with" in said
-    assert "BackPACK takes {}, `vmap(grad)` {}, Opacus {}, the".format(*peers) in said
-    assert f"{full}, or {bf16} with" in page and "takes {}, `vmap(grad)` {} and Opacus {} (".format(*peers) in page
-    for text in (said, page):
-        assert "procedure {}, {} and {} at batches of 4, 8 and 16".format(*released) in text

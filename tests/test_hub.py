@@ -72,5 +72,5 @@ def test_hub_refusals(tmp_path, hub_cache, monkeypatch):
             class_names=["a", "b"],
         )
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TalosError, match=r"datasets.*; pip install 'talos-fast\[data\]'"):
+    with pytest.raises(TalosError, match=r"odd: .*datasets.*; pip install 'talos-fast\[data\]'"):
         from_hub(tmp_path / "odd")

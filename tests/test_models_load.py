@@ -9,6 +9,7 @@ import torch
 from tiny_models import WordTokenizer, tiny_clip, write_bert, write_t5, write_tokenizer
 
 from talos_fast import models
+from talos_fast.demo import masks
 from talos_fast.errors import TalosError
 
 
@@ -122,7 +123,7 @@ def test_hf_pooling_that_is_no_object(tmp_path, content):
 
 def test_a_package_that_is_not_there(monkeypatch):
     monkeypatch.setattr("talos_fast.models.registry._names", lambda package: [])
-    with pytest.raises(TalosError, match="pip install open_clip_torch"):
+    with pytest.raises(TalosError, match=r"pip install 'talos-fast\[clip\]'"):
         models.load("open_clip:ViT-B-32")
     with pytest.raises(TalosError, match="0 names of timm"):
         models.load("vit_tiny_patch16_224")
@@ -135,6 +136,14 @@ def test_an_extra_that_is_not_installed_is_named(monkeypatch, package, name, ext
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(TalosError, match=rf"{package}.*; pip install 'talos-fast\[{extra}\]'"):
         models.load(name)
+
+
+def test_letters_without_matplotlib_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(TalosError, match=r"matplotlib.*; pip install 'talos-fast\[demo\]'"):
+        masks.glyph("a", "DejaVuSans.ttf", centre=(0.5, 0.5), height=0.123, tilt=0)  # a height that no test has cached
+    monkeypatch.undo()
+    assert masks.glyph("a", "DejaVuSans.ttf", centre=(0.5, 0.5), height=0.123, tilt=0).max() > 0.5
 
 
 def test_commands_without_pillow_name_the_extra():

@@ -7,7 +7,8 @@ from torch import nn
 
 from talos_fast import TalosError
 from talos_fast.forward import default_forward
-from talos_fast.sensitivity import sensitivities
+from talos_fast.sensitivity import sensitivities, uses
+from talos_fast.sensitivity.accumulate import accumulate_squared_per_sample_ as accumulate
 from talos_fast.sensitivity.axis import HALF, SCALE, Axis, codes, consistent, row_values
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Scorer
@@ -132,3 +133,19 @@ def test_rows_tell_whose_they_are_by_the_limits_of_fp16(seed):
     assert consistent(row_values(rounded, 1)[0], *row_values(gradient, 1), code, HALF) == ([Axis(1, True)], True)
     mixed, mixed_coded = (one + 0.3 * one.flip(1) for one in (gradient, coded))
     assert consistent(row_values(mixed_coded, 1)[0], *row_values(mixed, 1), code, HALF) == ([], True)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "full"), (torch.float32, "bf16")])
+def test_a_few_rows_in_16_bits_reach_the_operator_aligned(monkeypatch, dtype, precision):
+    """Tokens of 3 entries would lie 6 bytes apart, which CUDA cannot copy 16 bytes at a time."""
+    seen = []
+    monkeypatch.setattr(uses, "accumulate_squared_per_sample_", lambda *given: seen.append(given) or accumulate(*given))
+    rows = torch.tensor([2, 7, 16])
+    inputs, grads = torch.randn(4, 5, 8).to(dtype), torch.randn(4, 5, 17).to(dtype)
+    into = uses.Accumulator.zeros(torch.zeros(17, 8), torch.float32, None, rows)
+    into.add_outer(uses.Outer(inputs, grads), precision)
+    [(_, _, given)] = seen
+    assert given.dtype == torch.bfloat16 and given.shape == (4, 5, 3)
+    assert given.data_ptr() % 16 == 0 and [stride % 8 for stride in given.stride()] == [0, 0, 1]
+    exact = torch.einsum("nto,nti->noi", grads[..., rows].bfloat16().double(), inputs.bfloat16().double())
+    torch.testing.assert_close(into.values.double(), exact.square().sum(0), rtol=1e-5, atol=1e-5)

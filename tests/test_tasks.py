@@ -288,6 +288,18 @@ def test_half_characters_are_refused(tmp_path):
         tasks.load(path)
 
 
+def test_two_names_of_one_split_are_refused_in_rows_too(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = "train", "Train", "test", "dev"
+    rows = [{"split": word, "text": f"{word} {label}", "label": label} for word in words for label in ("a", "b")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = tasks.load(path)
+    assert [len(split) for split in (task.train, task.validation, task.test)] == [4, 2, 2]
+    path.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"split": "val"}])))
+    with pytest.raises(TalosError, match="dev and val are both names of validation; keep one"):
+        tasks.load(path)
+
+
 def test_two_names_of_one_split_are_refused(tmp_path):
     for split in ("train", "test", "val", "dev"):
         (tmp_path / split / "a").mkdir(parents=True)

@@ -108,7 +108,9 @@ def finetune(
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "talos",
     mask: Annotated[Path | None, typer.Option(help="talos: what calibrate wrote.")] = None,
     density: Annotated[float | None, typer.Option(help="lota: fraction that trains; default 0.1.")] = None,
-    finetuned: Annotated[Path | None, typer.Option(help="lota: a full fine-tuning; default: one is run first.")] = None,
+    finetuned: Annotated[
+        Path | None, typer.Option(help="lota: vector of a full fine-tuning; default: one is trained first.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="l-lora: rank of the adapters; default 16.")] = None,
     lora_alpha: Annotated[
         float | None, typer.Option(help="l-lora: adapters act times this / rank; default 32.")

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from talos_fast.errors import needs
+
 SIDE = 32
 _FINE = 3 * SIDE  # drawn three times finer, then averaged: smooth edges
 
@@ -110,7 +112,8 @@ def _reduce(image: Image.Image) -> Mask:
 
 @lru_cache(maxsize=2048)
 def _font(name: str, points: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
+    with needs("demo"):
+        import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), points)
 

@@ -88,8 +88,9 @@ def _check_name(package: str, name: str) -> None:
     """Refuse a name that `package` does not know, with those that are like it."""
     known = _names(package)
     if not known:
-        wheel = {"open_clip": "open_clip_torch"}.get(package, package)
-        raise TalosError(f"{package}:{name} needs the package {package}, which is not installed; pip install {wheel}")
+        raise TalosError(
+            f"{package}:{name} needs the package {package}, which is not installed; pip install 'talos-fast[clip]'"
+        )
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"see {package}.list_models()"

@@ -113,7 +113,8 @@ class Accumulator:
             begin, end = torch.searchsorted(self.rows, torch.tensor([start, start + count])).tolist()
             if end - begin < count:
                 count = end - begin
-                # Filled up to 16 bytes, in which CUDA copies what begins on such; what was filled in is cut off below.
+                # Tokens 16 bytes apart, or multiples of it, even in 16 bits: CUDA copies those as they are, others
+                # entry by entry. What fills up (row 0) is cut off again below.
                 chosen = F.pad(self.rows[begin:end] - start, (0, -count % 8))
                 grads = grads[..., chosen.to(grads.device)]
             first = begin * ins

@@ -152,9 +152,10 @@ def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Sp
     labels: dict[str, list[int | str]] = defaultdict(list)
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            split, text, label = _parse_row(line, f"{path}, line {number}")
-            texts[split].append(text)
-            labels[split].append(label)
+            word, text, label = _parse_row(line, f"{path}, line {number}")
+            texts[word].append(text)
+            labels[word].append(label)
+    words = named_splits(texts, path).items()
     if not texts:
         raise TalosError(f'{path}: found no rows; write one {{"split": ..., "text": ..., "label": ...}} a line')
     values = {label for split in labels.values() for label in split}
@@ -169,8 +170,8 @@ def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Sp
                 f"{', '.join(names[:5])}{', …' * (len(names) > 5)}; correct class_names=, datasets.json or classes.txt"
             )
         index: dict[int | str, int] = {value: position for position, value in enumerate(names)}
-        return {s: Split(texts[s], np.asarray([index[v] for v in labels[s]])) for s in texts}, names
-    return {s: Split(texts[s], np.asarray(labels[s])) for s in texts}, names
+        return {split: Split(texts[word], np.asarray([index[v] for v in labels[word]])) for split, word in words}, names
+    return {split: Split(texts[word], np.asarray(labels[word])) for split, word in words}, names
 
 
 def _lines(path: Path) -> list[str]:
@@ -197,11 +198,11 @@ def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:
     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
     if not isinstance(row, dict) or not {"split", "text", "label"} <= row.keys():
         raise TalosError(f"{where}: found {keys}; every row needs split, text and label")
-    split, text, label = ALIASES.get(str(row["split"]).lower()), row["text"], row["label"]
-    if split is None:
+    word, text, label = str(row["split"]).lower(), row["text"], row["label"]
+    if word not in ALIASES:
         raise TalosError(f"{where}: found the split {row['split']!r}; use train, validation or test")
     if not _is_text(text) or isinstance(label, bool) or not isinstance(label, int | str):
         raise TalosError(
             f"{where}: found text {text!r:.30} and label {label!r:.40}; give a string and an index or name"
         )
-    return split, text, label
+    return word, text, label

@@ -34,7 +34,7 @@ def load_dataset(
         TalosError: `datasets` is not installed, a Hub data set without a full commit as revision, or files that are
             missing or damaged.
     """
-    with needs("data"):
+    with needs("data", source):
         import datasets
     folder = Path(source)
     if not folder.is_dir() and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):

@@ -190,7 +190,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _mat(path: Path) -> dict[str, Any]:
-    with needs("data"):
+    with needs("data", path):
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
     try:
