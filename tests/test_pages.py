@@ -5,6 +5,7 @@ import re
 import sys
 from typing import Any
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -136,3 +137,8 @@ def test_the_threshold():
     )
     said = f"The exact threshold takes {ours} s per 10⁸ scores, `torch.kthvalue` {torchs}."
     assert said in section("Calibration", "benchmarks/README.md")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*threads.json")), ids=lambda path: path.stem)
+def test_files_name_the_threads_that_they_were_measured_with(path):
+    assert path.stem.endswith(f"_{result(path.stem)['threads']}threads")
