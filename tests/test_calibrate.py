@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +293,9 @@ def on_rank(rank: int, world: int, folder: str) -> None:
         for options in ({"density": 0.1 + 0.1 * rank}, {"rounds": 1 + rank}, kept):
             with pytest.raises(TalosError, match="the ranks were given different weights or options"):
                 calibrate(net, mine, progress=False, **options)
+        Path(f"{folder}/done{rank}").touch()
+        while not all(Path(f"{folder}/done{other}").exists() for other in range(world)):
+            time.sleep(0.01)  # a connection that is closed now would end what the other still reads
     finally:
         dist.destroy_process_group()
     # DistributedDataParallel leaves threads of gloo's behind, and one that drops a tensor while Python ends aborts it.
