@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.selection import Selection
 
 DENSE_BYTES = 28  # an element of fp32: p, g, m, v read, p, m, v written
 DENSE_READ = 16

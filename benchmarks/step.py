@@ -19,7 +19,7 @@ from shapes import MASKS, MODELS, Masks
 from steppers import RIVALS, Stepper, clipping, eight, stepping
 from workloads import bytes_free
 
-from talos_fast.optim.plan import select
+from talos_fast.optim.selection import select
 from talos_fast.profiling.memory import Memory
 from talos_fast.storage import write_json
 

@@ -1,5 +1,5 @@
-// The index of a selection (talos_fast/optim/plan.py), and its checks: no row, bit or offset may name memory outside
-// the tensors, whoever made them. Kernels trust what passed.
+// The index of a selection (talos_fast/optim/selection.py), and its checks: no row, bit or offset may name memory
+// outside the tensors, whoever made them. Kernels trust what passed.
 #pragma once
 
 #include <optional>

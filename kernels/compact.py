@@ -3,10 +3,10 @@
 import torch
 import triton
 import triton.language as tl
+from talos_fast.kernels.masked_adam import BITS, OFFSETS, RUNS
 from torch import Tensor
 
 BLOCK = 1024
-_RUNS, _BITS, _OFFSETS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -21,12 +21,12 @@ def compact_gradient(
     row = work_ptr + tl.program_id(0).to(tl.int64) * 4
     base, at, first, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     lane = tl.arange(0, BLOCK)
-    if ENCODING == _BITS:
+    if ENCODING == BITS:
         bit = (tl.load(index_ptr + at + lane // 8).to(tl.int32) >> (lane % 8)) & 1
         live, place, entry = bit != 0, lane, tl.cumsum(bit, 0) - bit
     else:
         live, place, entry = lane < count, lane, lane
-        if ENCODING == _OFFSETS:
+        if ENCODING == OFFSETS:
             place = tl.load(index_ptr + at + lane, live, other=0).to(tl.int32) & 0xFFFF
     value = tl.load(grad_ptr + base + place, live, other=0.0).to(compact_ptr.dtype.element_ty)
     to = compact_ptr + first + entry
@@ -36,10 +36,8 @@ def compact_gradient(
 
 
 def encoding(index: Tensor | None) -> int:
-    """What the kernel takes as ENCODING for an index of `talos_fast.optim.plan.Selection`."""
-    if index is None:
-        return 0
-    return 1 if index.dtype is torch.uint8 else 2
+    """What the kernel takes as ENCODING for an index of `talos_fast.optim.selection.Selection`."""
+    return int((RUNS if index is None else BITS if index.dtype is torch.uint8 else OFFSETS).value)
 
 
 def launch(compact: Tensor, grad: Tensor, work: Tensor, index: Tensor | None, *, accumulate: bool) -> None:

@@ -15,13 +15,12 @@ in Triton's interpreter.
 import triton
 import triton.language as tl
 
-BLOCK = 1024
 WARPS = 8
 COLUMNS = tl.constexpr(9)
 PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, MASTER, STEP, INDEX, RANKS, ENCODING = (tl.constexpr(n) for n in range(9))
 RUNS, BITS, OFFSETS = (tl.constexpr(n) for n in range(3))
 SCALARS = tl.constexpr(8)
-SIGN, DECAY, BLEND, BETA2, ONE_MINUS_BETA2, STEP_SIZE, CORRECTION, EPS = (tl.constexpr(n) for n in range(8))
+SIGN, DECAY, BLEND, BETA2, ONE_MINUS_BETA2, STEP_SIZE, INVERSE_CORRECTION, EPS = (tl.constexpr(n) for n in range(8))
 
 
 @triton.jit(
@@ -63,7 +62,7 @@ def advance(
     tl.store(scalars + BETA2, (beta2 * ones).to(tl.float32), live)
     tl.store(scalars + ONE_MINUS_BETA2, (1.0 - beta2 * ones).to(tl.float32), live)
     tl.store(scalars + STEP_SIZE, (lr / rest1).to(tl.float32), live)
-    tl.store(scalars + CORRECTION, (1.0 / tl.sqrt(rest2)).to(tl.float32), live)
+    tl.store(scalars + INVERSE_CORRECTION, (1.0 / tl.sqrt(rest2)).to(tl.float32), live)
     tl.store(scalars + EPS, (eps * ones).to(tl.float32), live)
 
 
@@ -101,23 +100,26 @@ def _locate(entry, at, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _adamw(p, g, m, v, top, scalars, AMSGRAD: tl.constexpr):
-    """``m += (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g²; p = decay p - step_size m / (√v correction + eps)``."""
+    """``m += (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g²; p = decay p - step_size m / (√v / correction + eps)``.
+
+    ``correction``, √(1 - beta2ᵗ), comes as its inverse: a product costs less than a division.
+    """
     blend, step_size = tl.load(scalars + BLEND), tl.load(scalars + STEP_SIZE)
     beta2, one_minus_beta2 = tl.load(scalars + BETA2), tl.load(scalars + ONE_MINUS_BETA2)
-    correction, eps = tl.load(scalars + CORRECTION), tl.load(scalars + EPS)
+    inverse_correction, eps = tl.load(scalars + INVERSE_CORRECTION), tl.load(scalars + EPS)
     p *= tl.load(scalars + DECAY)
     m = tl.where(blend > 0, m, g) + blend * (g - m)
     v = v * beta2 + one_minus_beta2 * g * g
     top = tl.maximum(top, v, propagate_nan=tl.PropagateNan.ALL) if AMSGRAD else v
-    p -= tl.div_rn(step_size * m, tl.sqrt_rn(top) * correction + eps)
+    p -= tl.div_rn(step_size * m, tl.sqrt_rn(top) * inverse_correction + eps)
     return p, m, v, top
 
 
-@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "found_inf_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr"])
 def update(
-    rows_ptr, table_ptr, gradients_ptr, scalars_ptr, scale_ptr, found_inf_ptr,
+    rows_ptr, table_ptr, gradients_ptr, scalars_ptr, grad_scale_ptr, found_inf_ptr,
     TYPE: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, HAS_MASTER: tl.constexpr,
-    AMSGRAD: tl.constexpr, SCALED: tl.constexpr, MAY_SKIP: tl.constexpr, BLOCK: tl.constexpr,
+    AMSGRAD: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr, MAY_SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of selected entries of one tensor: gather, AdamW, scatter; all is read before the first square root.
 
@@ -151,8 +153,8 @@ def update(
     if AMSGRAD:
         top_ptr = tl.load(entry + MAX_EXP_AVG_SQ).to(tl.pointer_type(STATE)) + first + rank
         top = tl.load(top_ptr, live, other=0.0).to(tl.float32)
-    if SCALED:
-        g = tl.div_rn(g, tl.load(scale_ptr))
+    if HAS_GRAD_SCALE:
+        g = tl.div_rn(g, tl.load(grad_scale_ptr))
     p, m, v, top = _adamw(p, g, m, v, top, scalars, AMSGRAD)
     tl.store(p_ptr, p.to(TYPE), live)
     tl.store(m_ptr, m.to(STATE), live)

@@ -11,7 +11,7 @@ from talos_fast.linear import Linearized
 from talos_fast.task_vector import TaskVector
 
 
-def edited(model: nn.Module, vector: TaskVector) -> tuple[nn.Module, Edit | Linearized]:
+def movable(model: nn.Module, vector: TaskVector) -> tuple[nn.Module, Edit | Linearized]:
     """How a model moved along a vector is evaluated: the module to call, and what moves it to a coefficient and back.
 
     Vectors of non-linear fine-tuning are written into the model, those of linearized fine-tuning are a direction of its
@@ -26,7 +26,7 @@ def edited(model: nn.Module, vector: TaskVector) -> tuple[nn.Module, Edit | Line
 @contextmanager
 def moved(model: nn.Module, vector: TaskVector, coefficient: float = 1.0) -> Iterator[nn.Module]:
     """The module to call for ``model`` moved along a vector, inside the block; after it the model is bit-identical."""
-    module, edit = edited(model, vector)
+    module, edit = movable(model, vector)
     try:
         edit.move(coefficient)
         yield module

@@ -15,9 +15,9 @@ from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Batches, Forward, default_forward, device_of
 from talos_fast.interrupt import interruptible
-from talos_fast.kept import restored
 from talos_fast.mask import Mask, resolve_density
 from talos_fast.random_state import repeatable
+from talos_fast.restoring import restoring_parameters
 from talos_fast.rounds import Masks, RoundFile, Survivors, data_digest
 from talos_fast.sensitivity.engine import progress_bar
 from talos_fast.sensitivity.estimators import Estimator
@@ -116,7 +116,11 @@ def calibrate(
     identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
     ranks.require_same(identity | {"checkpoint_dir": checkpoint_dir is not None}, "weights or options")
     moved = parameters if rounds > 1 and damage != 1.0 else {}
-    with repeatable(batches, seed, device_of(model)) as batches, restored(moved), interruptible() as interrupted:
+    with (
+        repeatable(batches, seed, device_of(model)) as batches,
+        restoring_parameters(moved),
+        interruptible() as interrupted,
+    ):
         if checkpoint_dir is not None:
             identity["data"] = data_digest(batches, ranks)
         file = RoundFile(checkpoint_dir, identity, resume)

@@ -40,8 +40,7 @@ class Edit:
         tensors = named_tensors(target)
         grouped: dict[str, list[tuple[int, SparseDelta]]] = {}
         for number, deltas in enumerate(directions):
-            for name, delta in by_first_names(target, deltas).items():
-                _check(name, delta, tensors)
+            for name, delta in fitting(target, deltas).items():
                 grouped.setdefault(name, []).append((number, delta.to(tensors[name].device)))
         self._count = len(directions)
         self._touched = [_touch(tensors[name], moving) for name, moving in grouped.items()]
@@ -71,6 +70,18 @@ def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:
     indices = union([delta for _, delta in moving])
     directions = tuple((number, delta.spread(indices)) for number, delta in moving)
     return _Touched(tensor, indices, gather(tensor, indices), directions)
+
+
+def fitting(target: Target, deltas: Mapping[str, SparseDelta]) -> dict[str, SparseDelta]:
+    """As `by_first_names`, of changes that fit.
+
+    Raises:
+        TalosError: also a name that the target lacks, or another shape.
+    """
+    tensors, found = named_tensors(target), by_first_names(target, deltas)
+    for name, delta in found.items():
+        _check(name, delta, tensors)
+    return found
 
 
 def by_first_names(target: Target, deltas: Mapping[str, SparseDelta]) -> dict[str, SparseDelta]:

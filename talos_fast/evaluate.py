@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from talos_fast.along import edited
+from talos_fast.along import movable
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batches, Forward, checked_logits, default_forward, device_of, to_device
-from talos_fast.kept import modes_kept
 from talos_fast.linear import Linearized
+from talos_fast.restoring import restoring_modes
 from talos_fast.task_vector import TaskVector
 
 
@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, batches: Batches, *, forward: Forward | None = No
     forward = forward or default_forward
     device, total = device_of(model), 0
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    with modes_kept(model):
+    with restoring_modes(model):
         model.train()  # some models cache in evaluation mode what their parameters were, until they train
         model.eval()
         for index, batch in enumerate(tqdm(batches, "evaluate", disable=None if progress else True, leave=False)):
@@ -68,21 +68,21 @@ def evaluate_along(
     Args:
         model: the base of the vector.
         vector: where to move.
-        batches: read once an α.
+        batches: read once an α; of a linearized vector once in all.
         alphas: coefficients.
         forward: as in `evaluate`; it must be affine in what the model returns, if the vector is of a linearized model.
 
     Raises:
         TalosError: as `evaluate`, or the vector does not fit the model.
     """
-    moved, edit = edited(model, vector)
+    module, edit = movable(model, vector)
     if isinstance(edit, Linearized):
         return _along_line(edit, batches, alphas, forward or default_forward)
     try:
         found = []
         for alpha in alphas:
             edit.move(alpha)
-            found.append(evaluate(moved, batches, forward=forward))
+            found.append(evaluate(module, batches, forward=forward))
         return found
     finally:
         edit.revert()

@@ -16,10 +16,10 @@ from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint, require_base
 from talos_fast.forward import Batches, Forward, default_forward, require_plain
-from talos_fast.kept import kept, restored
 from talos_fast.mask import Mask
 from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
+from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
 from talos_fast.step import Amp, Loss, require_amp_and_clip
 from talos_fast.task_vector import TaskVector
 from talos_fast.train import Recipe, Schedule, Trainer, train_mode
@@ -131,12 +131,12 @@ def finetune(
         return trainer
 
     def first(setup: Setup) -> Deltas:
-        with restored(setup.trained):
+        with restoring_parameters(setup.trained):
             train(setup, f"{method}, first run", folder and folder / FIRST)
             return setup.export()
 
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    with kept(model):
+    with restoring_all_but_parameters(model):
         setup = chosen.prepare(Request(model, forward or default_forward, peak, weight_decay, options, first))
         trainer = train(setup, method, folder)
         deltas = setup.export()

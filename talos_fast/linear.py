@@ -1,4 +1,4 @@
-"""`Linearized`: a model in place of its first-order Taylor expansion, and what a task vector makes of a model."""
+"""`Linearized`: the first-order Taylor expansion of a model, called in the model's place."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from talos_fast.edit import Edit, by_first_names, require_finite
+from talos_fast.edit import fitting, require_finite
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Forward
 from talos_fast.gradient_checkpointing import is_checkpointed_block
@@ -72,9 +72,8 @@ class Linearized(nn.Module):
         Raises:
             TalosError: the vector names or shapes do not fit the model.
         """
-        Edit(model, vector.deltas)  # checks names and shapes, and writes nothing
         parameters = dict(model.named_parameters())
-        deltas = by_first_names(model, vector.deltas)
+        deltas = fitting(model, vector.deltas)
         tangents = {name: delta.dense().to(parameters[name]) for name, delta in deltas.items()}
         return cls(model, _Fixed(tangents))
 
@@ -91,7 +90,7 @@ class Linearized(nn.Module):
         self.alpha = alpha
 
     def revert(self) -> None:
-        """Nothing was written."""
+        """Back to α = 0; no parameter was ever written."""
         self.alpha = 0.0
 
     @contextmanager
@@ -118,7 +117,7 @@ class Linearized(nn.Module):
         return logits
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the model takes, to f_lin."""
+        """f_lin of the inputs that the model takes."""
         self._called = True
         if self._open:
             return self._evaluated(inputs, named)
@@ -131,7 +130,8 @@ class Linearized(nn.Module):
         with ExitStack() as until:
             tangents = until.enter_context(self._expanded())
             output = self._evaluated(inputs, named)
-            # Else it ends here: a backward pass in which values have tangents would differentiate itself.
+            # Unless a checkpoint will run parts of the forward again, the level of the tangents ends here: a backward
+            # pass inside it would itself be differentiated.
             if self._kept is not None and tangents.again:
                 self._kept.push(until.pop_all())
         return output
@@ -191,11 +191,11 @@ def holding(model: nn.Module, held: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; all modes are as before afterwards."""
+    """Evaluation mode for all modules but blocks that checkpoint themselves; all modes are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module, training in modes.items():
-            # What is random in a block that checkpoints are other modules.
+            # Blocks of Hugging Face checkpoint in training mode only, so they stay in it; the dropouts inside do not.
             module.training = training and is_checkpointed_block(module)
         yield
     finally:

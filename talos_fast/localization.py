@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from talos_fast.along import moved
-from talos_fast.edit import Edit
+from talos_fast.edit import fitting
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
 from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, functional_forward, to_device
@@ -61,7 +61,7 @@ def activation_matrix(
     for column, (model, batches) in enumerate(tasks):
         require_base(common(vectors)[0], model, "the task vectors")
         for vector in vectors:
-            Edit(model, vector.deltas)  # checks names and shapes, and writes nothing
+            fitting(model, vector.deltas)
         seen = 0
         for batch in batches:
             batch = to_device(batch, device_of(model))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from talos_fast.along import edited, moved, require_parameters
+from talos_fast.along import movable, moved, require_parameters
 from talos_fast.alpha_search import GRID, AlphaSearch, choose_alpha
 from talos_fast.edit import by_first_names
 from talos_fast.errors import TalosError
@@ -56,7 +56,7 @@ def merge(
         require_base(vector.base, base, "the task vector")
     if inplace:
         require_parameters(vector, "inplace=True")
-    model, edit = edited(base if inplace else copy.deepcopy(base), vector)
+    model, edit = movable(base if inplace else copy.deepcopy(base), vector)
     edit.move(alpha)
     return model
 
@@ -120,7 +120,7 @@ def search_alpha(
         )
     else:
         references = tuple(float(evaluator(base)) for evaluator in evaluators)
-    model, edit = edited(base, vector)
+    model, edit = movable(base, vector)
     accuracies, controls = [], []
     try:
         for alpha in alphas:

@@ -30,7 +30,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         torch.ops.talos_fast.accumulate_squared_per_sample_(scores.zero_(), inputs, grads)
         torch.testing.assert_close(scores.double(), want, rtol=1e-4, atol=1e-3)
 from talos_fast.optim.adam_operator import masked_adam_reference
-from talos_fast.optim.plan import select
+from talos_fast.optim.selection import select
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for density in (0.3, 0.02, 1):
         param, mask = torch.randn(5000, dtype=dtype), torch.rand(5000) < density

@@ -14,7 +14,7 @@ import torch
 
 from talos_fast import ops
 from talos_fast.optim.compact_operator import compact_gradient_reference, gather_selected
-from talos_fast.optim.plan import select
+from talos_fast.optim.selection import select
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MASKS = {

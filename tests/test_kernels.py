@@ -14,7 +14,7 @@ from conftest import ROOT
 from torch.optim import AdamW
 
 from talos_fast import MaskedAdam
-from talos_fast.optim.plan import select
+from talos_fast.optim.selection import BLOCK, select
 from talos_fast.optim.tables import word_ranks
 
 triton = pytest.importorskip("triton")
@@ -80,7 +80,7 @@ def update_arguments(kernels, types, flags):
     table, scalars = torch.zeros(16, dtype=torch.int64), torch.zeros(16)
     param, gradient, state = (getattr(kernels.tl, name) for name in types)
     options = dict(TYPE=param, GRADIENT=gradient, STATE=state, HAS_MASTER=flags[0], AMSGRAD=flags[1])
-    options |= dict(SCALED=flags[2], MAY_SKIP=flags[2], BLOCK=kernels.BLOCK)
+    options |= dict(HAS_GRAD_SCALE=flags[2], MAY_SKIP=flags[2], BLOCK=BLOCK)
     return (table, table, table, scalars, scalars, scalars), options
 
 

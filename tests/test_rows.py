@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from talos_fast import MaskedAdam
 from talos_fast.optim.compact_gradient import CompactGradient
-from talos_fast.optim.plan import select
 from talos_fast.optim.rows import select_rows
+from talos_fast.optim.selection import select
 
 WIDTH = 8
 

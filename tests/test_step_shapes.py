@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from talos_fast.optim.plan import select
+from talos_fast.optim.selection import select
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 shapes, occupancy = map(importlib.import_module, ("shapes", "occupancy"))

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 
 from talos_fast import calibrate, finetune, tasks
 from talos_fast.evaluate import evaluate_along
-from talos_fast.kept import restored
 from talos_fast.methods import METHODS
 from talos_fast.methods.l_lora import lora_adapters
 from talos_fast.models.t5 import T5Backbone
+from talos_fast.restoring import restoring_parameters
 from talos_fast.sensitivity.selection import maskable_parameters
 from talos_fast.tasks import Split, Task
 
@@ -72,7 +72,7 @@ def test_a_small_t5_learns_real_texts_by_every_method(pretrained, method):
     if method == "talos":
         sample = backbone.batches(task.train, batch_size=16, limit=64)
         options["mask"] = calibrate(classifier, sample, density=0.1, progress=False)
-    with restored(dict(classifier.named_parameters())):
+    with restoring_parameters(dict(classifier.named_parameters())):
         vector = finetune(
             classifier, batches, method=method, lr=RATES[method], steps=40, weight_decay=0.0, schedule="constant",
             progress=False, **options,

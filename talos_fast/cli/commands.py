@@ -18,8 +18,8 @@ from talos_fast.cli.profile import app as profile_app
 from talos_fast.cli.suite import app as suite_app
 from talos_fast.errors import needs
 from talos_fast.evaluate import evaluate_along
-from talos_fast.kept import restored
 from talos_fast.methods import METHODS, Compat
+from talos_fast.restoring import restoring_parameters
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.uses import Precision
 from talos_fast.step import Amp
@@ -143,7 +143,7 @@ def finetune(
     classifier = backbone.classifier(task)
     o.load_weights(classifier, weights)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
-    with o.resumable(checkpoint), restored(dict(classifier.named_parameters())):
+    with o.resumable(checkpoint), restoring_parameters(dict(classifier.named_parameters())):
         vector = talos.finetune(
             classifier, batches, method=method, mask=selected, density=density, finetuned=full, rank=rank,
             lora_alpha=lora_alpha, compat=compat, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay,

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from talos_fast.errors import TalosError, needs
-from talos_fast.kept import modes_kept
 from talos_fast.models.base import Backbone, Classifier, fill
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.text import check_texts, from_pretrained, tokenize
+from talos_fast.restoring import restoring_modes
 from talos_fast.tasks.base import Inputs, Task
 
 SCALE = 20.0
@@ -95,7 +95,7 @@ class EncoderBackbone(Backbone):
         templates = task.templates or ("{}",)
         tokens = self.prepare(fill(templates, task.class_names))
         ids, mask = (tokens[key].to(self._device()) for key in ("input_ids", "attention_mask"))
-        with modes_kept(self.encoder):
+        with restoring_modes(self.encoder):
             self.encoder.eval()
             vectors = functional.normalize(embed(self.encoder, ids, mask, self.pooling), dim=-1)
         return vectors.view(task.num_classes, len(templates), -1).mean(dim=1)

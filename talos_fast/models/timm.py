@@ -11,10 +11,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from talos_fast.errors import TalosError, brief
-from talos_fast.kept import modes_kept
 from talos_fast.models.base import Backbone, Classifier
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.images import ImagePreprocess
+from talos_fast.restoring import restoring_modes
 from talos_fast.tasks.base import Inputs, Task
 
 logger = logging.getLogger("talos_fast")
@@ -70,7 +70,7 @@ class TimmBackbone(Backbone):
             chosen.extend(generator.permutation(members)[:IMAGES_A_CLASS].tolist())
         sums = torch.zeros(0)
         batches = self.batches(task.train.select(chosen), batch_size=32)
-        with modes_kept(self.encoder):
+        with restoring_modes(self.encoder):
             self.encoder.eval()
             for images, labels in tqdm(batches, desc=f"{task.name}: head", disable=None, leave=False):
                 features = self.encoder(images.to(self._device(), next(self.encoder.parameters()).dtype)).float()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from talos_fast import ops
 from talos_fast.errors import TalosError
-from talos_fast.optim.plan import places
+from talos_fast.optim.selection import places
 
 _SCHEMA = (
     "masked_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -35,7 +35,7 @@ def masked_adam_reference(
         exp_avgs, exp_avg_sqs: (entries,) float32, float64 for float64 parameters.
         max_exp_avg_sqs: the same, and the step is AMSGrad's; or empty.
         masters: the same; they count where, rounded, they equal the parameter. Or empty.
-        work, index: those of `talos_fast.optim.plan.Selection`.
+        work, index: those of `talos_fast.optim.selection.Selection`.
         steps, step: 0-d, on the CPU; and what they become, the number of this step.
         scalars: ``decay`` = 1 - lr · weight_decay; AdamW's ``beta1``, ``beta2``, ``eps``; ``step_size`` =
             lr / (1 - beta1^t); ``correction`` = √(1 - beta2^t); ``grad_scale``, what the gradients are divided by; and

@@ -9,7 +9,7 @@ from torch import Tensor
 from talos_fast.errors import TalosError
 from talos_fast.optim.compact_gradient import CompactGradient
 from talos_fast.optim.compact_operator import gather_selected
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.selection import Selection
 
 
 class Clip(NamedTuple):

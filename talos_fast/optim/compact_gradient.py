@@ -13,7 +13,7 @@ from torch import Tensor
 
 from talos_fast.errors import TalosError
 from talos_fast.optim.compact_operator import gather_selected
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.selection import Selection
 
 _aten = torch.ops.aten
 _ZEROS = {_aten.zero_.default, _aten._foreach_zero_.default}

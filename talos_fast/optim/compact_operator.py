@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from talos_fast import ops
-from talos_fast.optim.plan import Selection, places
+from talos_fast.optim.selection import Selection, places
 
 _SCHEMA = "compact_gradient_(Tensor(a!) compact, Tensor grad, Tensor work, Tensor? index, *, bool accumulate) -> ()"
 
@@ -17,7 +17,7 @@ def compact_gradient_reference(
     Args:
         compact: (entries,) float32, float64 for float64 gradients, contiguous.
         grad: contiguous, any shape: float32, float64, bfloat16 or float16.
-        work, index: those of `talos_fast.optim.plan.Selection`.
+        work, index: those of `talos_fast.optim.selection.Selection`.
         accumulate: whether to add.
     """
     entries = grad.view(-1)[places(work, index)].to(compact.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from talos_fast.optim.compact_gradient import CompactGradient
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.selection import Selection
 
 Entries = Literal["all", "selected"]
 

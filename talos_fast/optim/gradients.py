@@ -10,8 +10,8 @@ from talos_fast.errors import TalosError
 from talos_fast.optim.clip import Clip, check_clip, total_norm
 from talos_fast.optim.compact_gradient import CompactGradient
 from talos_fast.optim.compaction import Compaction, Entries
-from talos_fast.optim.plan import Selection
 from talos_fast.optim.rows import SelectedRows
+from talos_fast.optim.selection import Selection
 
 
 class MaskedGradients(AdamW):
@@ -58,7 +58,7 @@ class MaskedGradients(AdamW):
         return norm
 
     @property
-    def _clip_scale(self) -> Tensor | None:
+    def _clip_divisor(self) -> Tensor | None:
         """What the coming step divides unscaled gradients by, 0-d, at least 1; None where nothing is to be clipped."""
         return None if self._clip is None else self._clip.divisor(getattr(self, "grad_scale", None))
 

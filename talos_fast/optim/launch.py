@@ -14,7 +14,7 @@ from torch import Tensor
 
 from talos_fast import ops
 from talos_fast.errors import TalosError
-from talos_fast.optim.plan import BLOCK
+from talos_fast.optim.selection import BLOCK
 from talos_fast.optim.state import Member
 from talos_fast.optim.tables import addresses, block_rows, in_memory_order, word_ranks
 
@@ -68,7 +68,7 @@ class Launch:
         self.captured: list[Tensor] = []
 
     def run(
-        self, gradients: Sequence[Tensor | None], group: Mapping[str, Any], scale: Tensor | None,
+        self, gradients: Sequence[Tensor | None], group: Mapping[str, Any], grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:  # fmt: skip
         """One step.
@@ -76,18 +76,18 @@ class Launch:
         Args:
             gradients: of the members, in order; of the parameter's shape, or compact, (k,); None where there is none.
             group: the hyperparameters. A tensor lr or beta on a device is read there.
-            scale: 0-d, what the gradients are divided by.
+            grad_scale: 0-d, what the gradients are divided by.
             found_inf: 0-d; if it is not 0, nothing changes.
         """
         if not (self._plain and all(g is None or g.is_contiguous() for g in gradients)):
             pairs = zip(gradients, self.members, strict=True)
             gradients = [None if g is None else in_memory_order(g, member) for g, member in pairs]
-        scale = None if scale is None else scale.to(self.device, torch.float32)
+        grad_scale = None if grad_scale is None else grad_scale.to(self.device, torch.float32)
         found_inf = None if found_inf is None else found_inf.to(self.device)
         with self._guard():
             table = self._upload(gradients)
             self._advance(table, group, found_inf)
-            self._update(table, group, scale, found_inf)
+            self._update(table, group, grad_scale, found_inf)
         stepped = [m.parameter for m, g in zip(self.members, gradients, strict=True) if g is not None]
         torch.autograd.graph.increment_version(stepped)  # a kernel writes behind autograd's back
 
@@ -142,14 +142,14 @@ class Launch:
         )  # fmt: skip
 
     def _update(
-        self, gradients: Tensor, group: Mapping[str, Any], scale: Tensor | None, found_inf: Tensor | None
+        self, gradients: Tensor, group: Mapping[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         unread = self._scalars
         parameter, gradient, state = self._types
         _kernels().update[(len(self._rows),)](
             self._rows, self._table, gradients, self._scalars,
-            unread if scale is None else scale, unread if found_inf is None else found_inf,
+            unread if grad_scale is None else grad_scale, unread if found_inf is None else found_inf,
             TYPE=parameter, GRADIENT=gradient, STATE=state, HAS_MASTER=self._has_master, AMSGRAD=group["amsgrad"],
-            SCALED=scale is not None, MAY_SKIP=found_inf is not None, BLOCK=BLOCK,
+            HAS_GRAD_SCALE=grad_scale is not None, MAY_SKIP=found_inf is not None, BLOCK=BLOCK,
             num_warps=_kernels().WARPS, enable_fp_fusion=True,
         )  # fmt: skip

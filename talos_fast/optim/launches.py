@@ -12,7 +12,7 @@ from torch import Tensor
 from talos_fast.errors import TalosError
 from talos_fast.optim import launch
 from talos_fast.optim.launch import Launch
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.selection import Selection
 from talos_fast.optim.state import MOMENTS, Member, State
 
 Group = Mapping[str, Any]
@@ -63,12 +63,12 @@ class GroupLaunches:
             and all(_is_of(gradients[n], one.gradient_dtype) for places, one in self._launches for n in places)
         )
 
-    def run(self, gradients: Gradients, scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def run(self, gradients: Gradients, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One step of every parameter of the group but the others."""
         if launch.is_capturing():
             self._require_all(gradients)
         for places, one in self._launches:
-            one.run([gradients[place] for place in places], self._group, scale, found_inf)
+            one.run([gradients[place] for place in places], self._group, grad_scale, found_inf)
 
     def _require_all(self, gradients: Gradients) -> None:
         """A graph steps the same parameters at each replay, so all of them must take part."""

@@ -17,7 +17,7 @@ from talos_fast.optim import state_dict as saving
 from talos_fast.optim.gradients import MaskedGradients
 from talos_fast.optim.launches import Launches
 from talos_fast.optim.masks import Masks, bool_mask, pack, selections_of, unpack
-from talos_fast.optim.plan import select
+from talos_fast.optim.selection import select
 from talos_fast.optim.state import Member, reselected, start
 from talos_fast.optim.stepping import step_others
 
@@ -159,28 +159,29 @@ class MaskedAdam(MaskedGradients):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale, found_inf = self._scale(), getattr(self, "found_inf", None)
+        grad_scale, found_inf = self._total_grad_scale(), getattr(self, "found_inf", None)
         self._launches.check(self.param_groups, self.state)
         for group in self.param_groups:
-            self._step_group(group, scale, found_inf)
+            self._step_group(group, grad_scale, found_inf)
         self._launches.settle(self.param_groups, self.state)
         self._clip = None
         if self._compaction is not None:
             self._compaction.restart()
         return loss
 
-    def _step_group(self, group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         gradients = [self._gradient(p) for p in group["params"]]
         launches = self._launches.get(group, gradients)
+        # All of them where launches must be built: those point to states, so these come first.
         pairs = self._pairs(group, gradients, range(len(gradients)) if launches is None else launches.others)
         if launches is None:
             launches = self._launches.build(group, gradients, self._selections, self.state)
             if launches is not None:
                 pairs = self._pairs(group, gradients, launches.others)
         if launches is not None:
-            launches.run(gradients, scale, found_inf)
+            launches.run(gradients, grad_scale, found_inf)
         if pairs:
-            step_others(pairs, group, scale, found_inf)
+            step_others(pairs, group, grad_scale, found_inf)
 
     def _pairs(
         self, group: dict[str, Any], gradients: Sequence[Tensor | None], places: Iterable[int]
@@ -202,12 +203,12 @@ class MaskedAdam(MaskedGradients):
             pairs.append((Member(p, selection, state), gradient))
         return pairs
 
-    def _scale(self) -> Tensor | None:
-        """What gradients are divided by: GradScaler's scale (it is set with ``fused=True``) times that of clipping."""
+    def _total_grad_scale(self) -> Tensor | None:
+        """What gradients are divided by: GradScaler's scale (set with ``fused=True``) times the divisor that clips."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is None or self._clip_scale is None:
-            return self._clip_scale if grad_scale is None else grad_scale
-        return grad_scale * self._clip_scale.to(grad_scale.device)
+        if grad_scale is None or self._clip_divisor is None:
+            return self._clip_divisor if grad_scale is None else grad_scale
+        return grad_scale * self._clip_divisor.to(grad_scale.device)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; masked parameters have compact state, their ``mask`` (packed bits, uint8) and ``shape``.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.optim.plan import Selection, select
+from talos_fast.optim.selection import Selection, select
 
 Masks = Mapping[str, Tensor] | Mapping[Tensor, Tensor] | Sequence[Tensor]
 """Name -> bool tensor, parameter -> bool tensor, or bool tensors in the order of the parameters."""

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from talos_fast.errors import TalosError
 from talos_fast.optim.compact_operator import gather_selected
 from talos_fast.optim.compaction import Compaction
-from talos_fast.optim.plan import Selection, select
+from talos_fast.optim.selection import Selection, select
 from talos_fast.takeover import Takeover
 
 # Rows of a block that may be computed for nothing, of all: a block is a view, scattered rows are a copy.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from talos_fast.optim.masks import in_c_order
-from talos_fast.optim.plan import Selection, memory_order
+from talos_fast.optim.selection import Selection, memory_order
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from talos_fast.errors import TalosError
 from talos_fast.optim.masks import bool_mask, in_c_order, pack
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.selection import Selection
 from talos_fast.optim.state import MOMENTS, State, state_dtype
 
 StateDict = dict[str, Any]

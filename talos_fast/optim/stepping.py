@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from talos_fast import ops
 from talos_fast.indexing import gather, scatter_
 from talos_fast.optim.adam_operator import corrections
-from talos_fast.optim.plan import Selection
+from talos_fast.optim.selection import Selection
 from talos_fast.optim.state import Member, state_dtype
 
 _COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,14 +24,14 @@ Group = Mapping[str, Any]
 
 
 def step_others(
-    pairs: Sequence[tuple[Member, Tensor]], group: Group, scale: Tensor | None, found_inf: Tensor | None
+    pairs: Sequence[tuple[Member, Tensor]], group: Group, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """One step of parameters of one group.
 
     Args:
         pairs: each parameter with its state, and its gradient, of the parameter's shape or compact, (k,).
         group: the hyperparameters.
-        scale: 0-d, what the gradients are divided by.
+        grad_scale: 0-d, what the gradients are divided by.
         found_inf: 0-d; if it is not 0, nothing changes.
     """
     compiled: dict[Any, list[tuple[Member, Tensor]]] = defaultdict(list)
@@ -44,11 +44,11 @@ def step_others(
         else:
             others.append(pair)
     if compiled and not (found_inf is not None and bool(found_inf)):
-        divisor = 1.0 if scale is None else float(scale)
+        divisor = 1.0 if grad_scale is None else float(grad_scale)
         for (step, *_), alike in compiled.items():
             _step_compiled(alike, step + 1, group, divisor)
     if others:
-        step_reference([m for m, _ in others], [gradient for _, gradient in others], group, scale, found_inf)
+        step_reference([m for m, _ in others], [gradient for _, gradient in others], group, grad_scale, found_inf)
 
 
 def _fits(member: Member, gradient: Tensor) -> bool:
@@ -98,7 +98,11 @@ def _in_memory_order(member: Member, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def step_reference(
-    members: Sequence[Member], gradients: Sequence[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None
+    members: Sequence[Member],
+    gradients: Sequence[Tensor],
+    group: Group,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     """One step by torch's own AdamW, on the gathered entries of those members that have a mask."""
     fused = bool(group["fused"])
@@ -106,10 +110,10 @@ def step_reference(
         return
     entries = [_entries(member) for member in members]
     compact = [_compact_gradient(member, gradient) for member, gradient in zip(members, gradients, strict=True)]
-    if scale is not None:
+    if grad_scale is not None:
         # Not left to torch's fused step, which would write the quotients back into the gradients.
         # Back to its dtype: where both are 0-d the quotient has the wider one.
-        compact = [(gradient / scale.to(gradient.device)).to(gradient.dtype) for gradient in compact]
+        compact = [(gradient / grad_scale.to(gradient.device)).to(gradient.dtype) for gradient in compact]
     states = [member.state for member in members]
     beta1, beta2 = group["betas"]
     adamw(

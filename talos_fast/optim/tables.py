@@ -1,33 +1,34 @@
 """The tables of the Triton step: which block of which tensor a program takes, and where everything lies.
 
-Their layout is that of `talos_fast.kernels.masked_adam`. A block costs a row of 32 bytes, as in the plan. On top of the
-plan's bits come the counts of the selected entries before every 32 elements of a tile, 2 bytes for each 4 of bits. They
-spare the kernel a scan over the tile, which would go through shared memory.
+Their layout is that of `talos_fast.kernels.masked_adam`. A block costs a row of 32 bytes, as in the work table of a
+selection. On top of its bits come the counts of the selected entries before every 32 elements of a tile, 2 bytes for
+each 4 of bits. They spare the kernel a scan over the tile, which would go through shared memory.
 """
 
 import torch
 from torch import Tensor
 
-from talos_fast.optim.plan import BLOCK
+from talos_fast.optim.selection import BLOCK
 from talos_fast.optim.state import MOMENTS, Member
 
 ENCODINGS = ("runs", "bits", "offsets")
 _WORD = 32
+_COUNTS = 1 << 16  # more than a block can have entries: a number above it is that of the tensor
 
 
 def block_rows(number: int, member: Member) -> Tensor:
     """(blocks, 4) int64: ``number * 65536 + count``, first element, place in the index, first compact entry."""
     if member.selection is not None:
         work = member.selection.work
-        return torch.cat([number * 65536 + work[:, 3:], work[:, :3]], 1)
+        return torch.cat([number * _COUNTS + work[:, 3:], work[:, :3]], 1)
     numel = member.parameter.numel()
     starts = torch.arange(0, numel, BLOCK)
     counts = (numel - starts).clamp(max=BLOCK)
-    return torch.stack([number * 65536 + counts, starts, torch.zeros_like(starts), starts], 1)
+    return torch.stack([number * _COUNTS + counts, starts, torch.zeros_like(starts), starts], 1)
 
 
 def word_ranks(bits: Tensor) -> Tensor:
-    """(words,) int16: the selected entries of a tile before each of its words; ``bits`` as in the plan."""
+    """(words,) int16: the selected entries of a tile before each of its words; ``bits`` as in a selection."""
     ones = (torch.arange(256, device=bits.device).unsqueeze(1) >> torch.arange(8, device=bits.device) & 1).sum(1)
     words = ones[bits.int()].view(-1, BLOCK // _WORD, _WORD // 8).sum(2)
     return (words.cumsum(1) - words).to(torch.int16).view(-1)

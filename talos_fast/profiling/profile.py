@@ -13,7 +13,6 @@ from torch import nn
 from talos_fast.environment import environment
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, labels_of, require_plain, to_device
-from talos_fast.kept import kept, restored
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
@@ -22,6 +21,7 @@ from talos_fast.profiling.measure import interleave, peak
 from talos_fast.profiling.memory import Memory, above
 from talos_fast.profiling.result import BASELINE, Profile, Row
 from talos_fast.profiling.work import Work, entries_that_train, step_bytes
+from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
 from talos_fast.step import Amp, Loss, autocasts, require_amp_and_clip
 from talos_fast.storage import atomic, require_file
 from talos_fast.task_vector import TaskVector
@@ -80,7 +80,7 @@ def profile(
     options = Options(mask, density, finetuned, rank, lora_alpha)
     get_method(method).check(options)
     device = device_of(model)
-    with _unchanged(model), restored(dict(model.named_parameters())):
+    with _unchanged(model), restoring_parameters(dict(model.named_parameters())):
         batch = to_device(_first(batches), device)
         train_mode(model)
         bench = _Bench(model, batch, forward or default_forward, loss or F.cross_entropy, clip, amp, compile)
@@ -159,7 +159,7 @@ def _first(batches: Batches) -> Batch:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Brings back flags, modes, buffers and the random state, and drops gradients."""
-    with kept(model), torch.random.fork_rng(devices=_cuda_devices(model)):
+    with restoring_all_but_parameters(model), torch.random.fork_rng(devices=_cuda_devices(model)):
         yield
 
 

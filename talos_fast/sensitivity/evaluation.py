@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
-from talos_fast.kept import modes_kept
+from talos_fast.restoring import restoring_modes
 
 CACHE = "attention_bias_cache"
 """timm's name for it."""
@@ -52,7 +52,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     own = [module for module in modes if type(module).train is not nn.Module.train]
     before = {p: p.detach().clone() for module in own for p in module.parameters()}
-    with modes_kept(model):
+    with restoring_modes(model):
         model.eval()
         folded = {p for p, value in before.items() if not torch.equal(p, value)}
         if not folded:
@@ -61,7 +61,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = False
             yield
             return
-    for module in own:  # which `modes_kept` took for one that had been in evaluation mode all along
+    for module in own:  # which `restoring_modes` took for one that had been in evaluation mode all along
         if not modes[module] and any(p in folded for p in module.parameters(recurse=False)):
             module.train()
     with torch.no_grad():

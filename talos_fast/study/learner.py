@@ -8,9 +8,9 @@ from tqdm.auto import tqdm
 from talos_fast.calibrate import calibrate
 from talos_fast.cells import Cells
 from talos_fast.finetune import finetune
-from talos_fast.kept import restored
 from talos_fast.mask import Mask
 from talos_fast.models import Backbone
+from talos_fast.restoring import restoring_parameters
 from talos_fast.study.examiner import Examiner
 from talos_fast.study.plan import Plan
 from talos_fast.task_vector import TaskVector
@@ -104,7 +104,7 @@ class Learner:
         recipe = dict(self._recipes.get(task.name, {}))
         length = {} if "epochs" in recipe else {"steps": plan.steps}
         batches = self._backbone.batches(task.train, batch_size=plan.batch_size, shuffle=True, seed=plan.seed)
-        with restored(dict(classifier.named_parameters())):
+        with restoring_parameters(dict(classifier.named_parameters())):
             return finetune(
                 classifier, batches, method=method, lr=lr, seed=plan.seed, progress=False,
                 checkpoint_dir=self._cells.checkpoint(_cell(method, lr, task)),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from talos_fast import MaskedAdam, TalosError, ops
 from talos_fast.optim.adam_operator import masked_adam_reference
-from talos_fast.optim.plan import BLOCK, ROW_BYTES, select
+from talos_fast.optim.selection import BLOCK, ROW_BYTES, select
 
 SCALARS = dict(decay=0.999, beta1=0.9, beta2=0.99, step_size=1e-2, correction=0.3, eps=1e-8)
 SIZES = [1, 7, 1023, 1024, 1025, 65_535, 65_536, 65_537, 200_000]

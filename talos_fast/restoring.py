@@ -1,4 +1,4 @@
-"""What is put back: the modes of a model, its parameters, or all but the parameters that it trained for a while."""
+"""Context managers that put a model back on exit: its modes, its parameters, or everything but its parameters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from talos_fast.gradient_checkpointing import lean_checkpointing
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
+def restoring_modes(model: nn.Module) -> Iterator[None]:
     """Every module trains or evaluates as before afterwards.
 
     Through `train`, which some overrule to move weights between two forms, as LoRA layers do; then flag by flag.
@@ -27,7 +27,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+def restoring_parameters(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Brings back the very bits of the parameters afterwards, whatever happened to them; a copy waits on the CPU."""
     originals = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
     try:
@@ -39,7 +39,7 @@ def restored(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def restoring_all_but_parameters(model: nn.Module) -> Iterator[None]:
     """Enables gradients and clears existing ones; on exit clears them again, and restores flags, modes and buffers.
 
     A vector holds parameters only: if buffers moved, base + vector would not be the trained model. Meanwhile gradient
@@ -51,7 +51,7 @@ def kept(model: nn.Module) -> Iterator[None]:
     for p in flags:
         p.grad = None
     try:
-        with modes_kept(model), torch.inference_mode(False), torch.enable_grad(), lean_checkpointing(model):
+        with restoring_modes(model), torch.inference_mode(False), torch.enable_grad(), lean_checkpointing(model):
             yield
     finally:
         for p, flag in flags.items():

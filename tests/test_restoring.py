@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from talos_fast.kept import kept
+from talos_fast.restoring import restoring_all_but_parameters
 
 
 class Buffered(nn.Module):
@@ -23,7 +23,7 @@ def test_buffers_come_back_as_the_same_tensors():
     model.linear.bias.requires_grad_(False)
     model.linear.weight.grad = torch.ones(2, 2)
     before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-    with pytest.raises(ZeroDivisionError), torch.no_grad(), kept(model):
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), restoring_all_but_parameters(model):
         assert torch.is_grad_enabled() and model.linear.weight.grad is None
         model.train().requires_grad_(True)
         model.moved.add_(1)
