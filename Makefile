@@ -8,8 +8,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 USERS_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Waiting threads spin for a moment, then sleep: at once costs a quiet machine half its speed, never costs a busy one
-# nearly all of it.
+# OpenMP threads that wait spin for a moment, then sleep. If they slept at once, a quiet machine would lose half its
+# speed; if they never did, a busy one nearly all of it.
 export GOMP_SPINCOUNT := 20000
 # Files in the order of their names: by default those with few tests come last, and the longest would then run alone.
 TWO_FILES_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder

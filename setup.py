@@ -86,7 +86,8 @@ def build_arguments():
                 fall_back(f"{extension.name} does not compile ({error})")
 
     abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
-    cxx = [*FLAGS, "-ffp-contract=fast", "-fno-math-errno"]  # the second lets sqrt be a vector instruction
+    # FMA, which -std=c++17 turns off in GCC; and sqrt as a vector instruction.
+    cxx = [*FLAGS, "-ffp-contract=fast", "-fno-math-errno"]
     sources = ["csrc/ops.cpp", "csrc/accumulate.cpp", "csrc/radix.cpp", "csrc/masked_adam.cpp", "csrc/compact.cpp"]
     modules = [CppExtension("talos_fast._C", sources, extra_compile_args=cxx, py_limited_api=abi3)]
     if toolkit:

@@ -35,7 +35,7 @@ def contender(workload: Workload, method: str, variant: str, bf16: bool) -> Fine
     model = workload.model.requires_grad_(True)
     request = Request(
         model, default_forward, OPTIONS["lr"], OPTIONS["weight_decay"],
-        Options(workload.talos if method == "talos" else None), first=not_run,
+        Options(workload.talos if method == "talos" else None), train_first=not_run,
     )  # fmt: skip
     # LoTA's mask comes from a first run; what it costs afterwards is that of its mask.
     setup = masked(request, workload.lota) if method == "lota" else get_method(method).prepare(request)

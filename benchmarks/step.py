@@ -16,7 +16,7 @@ import torch
 from occupancy import occupancy
 from records import header, refuse_nothing
 from shapes import MASKS, MODELS, Masks
-from steppers import RIVALS, Stepper, clipping, eight, stepping
+from steppers import RIVALS, Stepper, clipping, stepping, tiny_copies
 from workloads import bytes_free
 
 from talos_fast.optim.selection import select
@@ -52,7 +52,7 @@ class Bench:
         """A stepper over all parameters, or over as many small ones."""
         build, with_mask, _ = RIVALS[rival]
         masks = self.masks if with_mask else None
-        arguments = eight(self.weights, masks) if small else (self.weights, self.gradients, masks)
+        arguments = tiny_copies(self.weights, masks) if small else (self.weights, self.gradients, masks)
         return KINDS[kind][0](build(*arguments))
 
     def compare(self, rival: str, kind: str, label: str) -> None:

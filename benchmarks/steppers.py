@@ -90,7 +90,9 @@ def clipping(optimizer: Optimizer) -> Stepper:
     return Stepper(optimizer, unscale_clip_step)
 
 
-def eight(tensors: Tensors, masks: Tensors | None) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+def tiny_copies(
+    tensors: Tensors, masks: Tensors | None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """As many tensors, of 8 elements each: a step of those takes the time of the host."""
     small = {name: torch.zeros(8, device=t.device, dtype=t.dtype) for name, t in tensors.items()}
     flags = None if masks is None else {name: torch.arange(8) % 2 < int(mask.any()) for name, mask in masks.items()}

@@ -91,9 +91,9 @@ TALOS_AVX512 void compact_avx512(const CompactTensor<T, A>& tensor, const Row* r
 template <typename T, typename A>
 auto choose_compact() {
 #if defined(__x86_64__)
-  const Isa isa = choose_isa();
-  if (isa == Isa::kAvx512) return compact_avx512<T, A>;
-  if (isa == Isa::kAvx2) return compact_avx2<T, A>;
+  const CpuCapability capability = cpu_capability();
+  if (capability == CpuCapability::kAvx512) return compact_avx512<T, A>;
+  if (capability == CpuCapability::kAvx2) return compact_avx2<T, A>;
 #endif
   return compact_portable<T, A>;
 }

@@ -14,17 +14,17 @@ namespace talos {
 template <typename Packed, typename From>
 TileKernel choose_kernel(bool pairs) {
 #if defined(__x86_64__)
-  const Isa isa = choose_isa();
+  const CpuCapability capability = cpu_capability();
   if constexpr (std::is_same_v<From, BFloat16>) {
     if (pairs && may_use_amx_bf16()) return amx::Kernel<amx::Processor>::kernel();
-    if (pairs && isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
-      return Avx512Bf16<TokenPair, From, 12, 64>::kernel();
+    if (pairs && capability == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
+      return Avx512Bf16Tile<TokenPair, From, 12, 64>::kernel();
     }
   }
-  if (isa == Isa::kAvx512) return Avx512<Packed, From, 12, 64>::kernel();
-  if (isa == Isa::kAvx2) return Avx2<Packed, From, 6, 32>::kernel();
+  if (capability == CpuCapability::kAvx512) return Avx512Tile<Packed, From, 12, 64>::kernel();
+  if (capability == CpuCapability::kAvx2) return Avx2Tile<Packed, From, 6, 32>::kernel();
 #endif
-  return Portable<Packed, From, 6, 16>::kernel();
+  return PortableTile<Packed, From, 6, 16>::kernel();
 }
 
 }  // namespace talos

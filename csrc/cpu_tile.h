@@ -140,11 +140,11 @@ TALOS_SHARED void pack(const From* from, const Strides& strides, int64_t tokens,
     static TileKernel kernel() { return {ROWS, COLS, TOKENS, sizeof(Packed), run, pack_grads, pack_inputs}; }         \
   };
 
-TALOS_TILE_KERNEL(Portable, )
+TALOS_TILE_KERNEL(PortableTile, )
 #if defined(__x86_64__)
-TALOS_TILE_KERNEL(Avx2, __attribute__((target("avx2,fma,f16c"))))
-TALOS_TILE_KERNEL(Avx512, __attribute__((target("avx512f,avx512bw,avx512vl,f16c"))))
-TALOS_TILE_KERNEL(Avx512Bf16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))))
+TALOS_TILE_KERNEL(Avx2Tile, __attribute__((target("avx2,fma,f16c"))))
+TALOS_TILE_KERNEL(Avx512Tile, __attribute__((target("avx512f,avx512bw,avx512vl,f16c"))))
+TALOS_TILE_KERNEL(Avx512Bf16Tile, __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))))
 #endif
 
 }  // namespace talos

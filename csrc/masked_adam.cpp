@@ -37,9 +37,9 @@ struct Chunk {
 template <typename T, typename A>
 auto choose_update() {
 #if defined(__x86_64__)
-  const Isa isa = choose_isa();
-  if (isa == Isa::kAvx512) return update_avx512<T, A>;
-  if (isa == Isa::kAvx2) return update_avx2<T, A>;
+  const CpuCapability capability = cpu_capability();
+  if (capability == CpuCapability::kAvx512) return update_avx512<T, A>;
+  if (capability == CpuCapability::kAvx2) return update_avx2<T, A>;
 #endif
   return update_portable<T, A>;
 }

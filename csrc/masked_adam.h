@@ -78,14 +78,14 @@ template <bool DENSE, typename T>
 TALOS_AVX512 inline void update_tiles_in_place(const AdamTensor<T, T>& tensor, const Row* rows, int64_t count,
                                                const AdamScalars<T> s) {
   T g[kPart + kSlack];
-  Pending<T> last{tensor.param, kNothing, {}};
+  Pending<T> last{tensor.param, kNoBits, {}};
   for (int64_t r = 0; r < count; ++r) {
     int64_t first = rows[r].first;
     for (int64_t begin = 0; begin < kBlock; begin += kPart) {
       const uint8_t* const bits = static_cast<const uint8_t*>(tensor.bounds.index) + rows[r].at + begin / 8;
       const int64_t element = rows[r].base + begin;
       const int64_t found = pack_and_move<DENSE>(DENSE ? tensor.grad + element : nullptr, bits, g, last, s.decay);
-      last.bits = kNothing;
+      last.bits = kNoBits;
       if (found > rows[r].first + rows[r].count - first) break;  // there are no moments for them
       auto at = entries<T, T>(tensor, first, nullptr, DENSE ? g : nullptr);
       at.steps = last.steps;
@@ -95,7 +95,7 @@ TALOS_AVX512 inline void update_tiles_in_place(const AdamTensor<T, T>& tensor, c
       first += found;
     }
   }
-  pack_and_move<false, T>(nullptr, kNothing, nullptr, last, s.decay);
+  pack_and_move<false, T>(nullptr, kNoBits, nullptr, last, s.decay);
 }
 #endif
 

@@ -12,11 +12,11 @@
 namespace talos {
 
 constexpr int kRadixThreads = 512;
-constexpr int kNothing = kCounts;  // the bin of an entry that is not counted
+constexpr int kNotCounted = kCounts;  // the bin of an entry that is not counted
 
 __device__ int bin_of(uint32_t entry, const Digit& digit, bool first) {
   if (first && !is_score(entry)) return kInvalid;
-  return digit.matches(entry) ? static_cast<int>(digit.bin(entry)) : kNothing;
+  return digit.matches(entry) ? static_cast<int>(digit.bin(entry)) : kNotCounted;
 }
 
 // Long runs of equal scores are common (zeros, and infinity where an entry is out already), and 32 additions to one
@@ -24,8 +24,8 @@ __device__ int bin_of(uint32_t entry, const Digit& digit, bool first) {
 __device__ void count_warp(uint32_t* counts, int bin) {
   const int leader = __shfl_sync(0xffffffffu, bin, 0);
   if (__all_sync(0xffffffffu, bin == leader)) {
-    if (bin != kNothing && threadIdx.x % 32 == 0) atomicAdd(&counts[bin], 32);
-  } else if (bin != kNothing) {
+    if (bin != kNotCounted && threadIdx.x % 32 == 0) atomicAdd(&counts[bin], 32);
+  } else if (bin != kNotCounted) {
     atomicAdd(&counts[bin], 1);
   }
 }
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRadixThreads)
   // All lanes of a warp take every step: they vote.
   for (int64_t begin = int64_t{blockIdx.x} * kRadixThreads; begin < count; begin += stride) {
     const int64_t e = begin + threadIdx.x;
-    count_warp(own, e < count ? bin_of(entries[e], digit, first) : kNothing);
+    count_warp(own, e < count ? bin_of(entries[e], digit, first) : kNotCounted);
   }
   __syncthreads();
   for (int b = threadIdx.x; b < kCounts; b += kRadixThreads) {

@@ -106,8 +106,8 @@ def calibrate(
     parameters = maskable_parameters(model, include, exclude)
     scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
     total = sum(p.numel() for p in parameters.values())
-    once = isinstance(batches, Iterator) and (rounds > 1 or checkpoint_dir is not None)
-    batches = ranks.together(lambda: list(batches) if once else batches)  # which are read again
+    one_pass = isinstance(batches, Iterator) and (rounds > 1 or checkpoint_dir is not None)
+    batches = ranks.together(lambda: list(batches) if one_pass else batches)  # every round reads them again
     base = fingerprint(model)
     recipe: dict[str, Any] = {
         "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
@@ -131,13 +131,13 @@ def calibrate(
             count = max(1, share(fraction ** (number / rounds), total))
             scores = _RoundScores(scorer, state, scores_device)
             bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
-            samples = scorer.score(batches, scores.of, seed + number, ranks, bar=bar, stop=interrupted)
-            chosen = scores.lowest(count, ranks)
+            samples = scorer.score(batches, scores.begin_batch, seed + number, ranks, bar=bar, stop=interrupted)
+            chosen, halves = scores.lowest(count, ranks)
             logger.info("round %d of %d: %d of %d entries kept", number, rounds, count, total)
             if number < rounds:
-                _damage(parameters, {name: old & ~chosen[0][name] for name, old in state.kept.items()}, damage)
+                _damage(parameters, {name: old & ~chosen[name] for name, old in state.kept.items()}, damage)
             spent = state.seconds + time.perf_counter() - start
-            state, start = Survivors(chosen, state.rows, number, spent, samples), time.perf_counter()
+            state, start = Survivors(chosen, halves, state.rows, number, spent, samples), time.perf_counter()
             file.save(state, ranks)
     report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
     return Mask(state.kept, base=base, info=recipe | report)
@@ -161,7 +161,7 @@ class _RoundScores:
         self._halves: Halves | None = None
         self._batches = 0
 
-    def of(self, index: int) -> Ledger:
+    def begin_batch(self, index: int) -> Ledger:
         """Where the squares of a batch go."""
         if not self._ledger:
             self._ledger = self._scorer.ledger(None, self._device, self._state.alive())
@@ -172,10 +172,10 @@ class _RoundScores:
         self._batches = index + 1
         return self._ledger
 
-    def lowest(self, count: int, ranks: Ranks) -> list[Masks]:
+    def lowest(self, count: int, ranks: Ranks) -> tuple[Masks, list[Masks]]:
         """The next masks: the ``count`` lowest entries of all, and as large a part of the watched rows by each half."""
         batches = self._batches
-        ledger = self.of(batches)  # a rank without data has the same tensors to sum; counts the last batch
+        ledger = self.begin_batch(batches)  # that never comes: ends the last one, and allocates on a rank without data
         halves: list[Masks] = []
         if self._halves is not None and ranks.most(batches) > 1:
             for scores, kept in zip(self._halves.sums, self._state.halves, strict=True):
@@ -189,7 +189,7 @@ class _RoundScores:
         for name, selected in _lowest(scores, inside, count).items():
             rows, mask = ledger[name].rows, chosen[name]
             mask[... if rows is None else rows.to(mask.device)] = selected.to(mask.device)
-        return [chosen, *halves]
+        return chosen, halves
 
 
 def _numel(masks: Masks) -> int:

@@ -17,8 +17,8 @@ class CastOnce(Takeover):
     Only what autocast would cast is exchanged, for the same bits, and the model itself is not touched: embeddings,
     norms and the dtypes that its code asks for stay as they are.
 
-    The copies are 2 bytes an entry for as long as this lives. The peak of a step stays about what it is: autograd keeps
-    its own casts of all frozen weights above the lowest layer that trains until the backward pass has used them.
+    The copies take 2 bytes an entry for as long as this lives. The peak of a step hardly changes: without them autograd
+    keeps such casts, of all layers above the lowest that trains, until the backward pass has used them.
 
     Args:
         model: its parameters that require no gradient must not change from now on. Buffers that are written to are cast
@@ -53,7 +53,7 @@ class CastOnce(Takeover):
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was written to, as some modules do to their buffers; of a tensor of inference mode nobody counts."""
+    """How often it was written to, as some modules do to their buffers; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -16,7 +16,7 @@ from talos_fast.errors import TalosError
 
 FILE = "checkpoint.safetensors"
 FIRST = "first"
-"""The folder, inside its own, of the run that a method starts with."""
+"""The folder, inside that of a LoTA run, for the full fine-tuning which that begins with."""
 
 
 def remove(folder: Path) -> None:

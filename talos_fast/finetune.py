@@ -115,10 +115,11 @@ def finetune(
         if recorded is not None and recorded.base:
             require_base(recorded.base, model, what)
     base, start = fingerprint(model), time.perf_counter()
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
 
-    def train(setup: Setup, name: str, folder: Path | None) -> Trainer:
+    def train(setup: Setup, name: str, place: Path | None) -> Trainer:
         asked = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base)}
-        checkpoint = None if folder is None else Checkpoint(folder, asked | _made(setup), resume)
+        checkpoint = None if place is None else Checkpoint(place, asked | _made(setup), resume)
         train_mode(model)
         logger.info(
             "%s: %d steps, %s from %g after a warm-up of %d, %d tensors with entries that train",
@@ -130,14 +131,13 @@ def finetune(
         trainer.run(progress)
         return trainer
 
-    def first(setup: Setup) -> Deltas:
+    def train_first(setup: Setup) -> Deltas:
         with restoring_parameters(setup.trained):
             train(setup, f"{method}, first run", folder and folder / FIRST)
             return setup.export()
 
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     with restoring_all_but_parameters(model):
-        setup = chosen.prepare(Request(model, forward or default_forward, peak, weight_decay, options, first))
+        setup = chosen.prepare(Request(model, forward or default_forward, peak, weight_decay, options, train_first))
         trainer = train(setup, method, folder)
         deltas = setup.export()
     info: dict[str, Any] = {

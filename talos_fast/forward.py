@@ -91,8 +91,8 @@ def device_of(model: nn.Module) -> torch.device:
 def require_plain(model: nn.Module) -> None:
     """Refuses a module that is compiled, itself or in part, or wrapped for several devices.
 
-    Methods give parameters and functions other meanings around a forward; linearized ones lost their gradient in it.
-    Names with a wrapper's prefix would not be those of the base.
+    Methods swap parameters and torch functions around a forward, which compiled code does not see: linearized training
+    lost its gradient there. And with a wrapper's prefix names would not be those of the base.
 
     Raises:
         TalosError: names the module; or the model is on the meta device.

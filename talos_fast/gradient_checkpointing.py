@@ -11,9 +11,9 @@ def lean_checkpointing(model: nn.Module) -> Iterator[None]:
     """Lets the backward pass stop at the lowest layer that trains, and `torch.compile` trace checkpointed layers.
 
     When checkpointing is on, Hugging Face makes the output of the embeddings require a gradient, and in T5 a position
-    bias of zeros. Only reentrant checkpoints need that, and models that use them are left alone. Elsewhere it sends the
-    backward pass through frozen layers and breaks graphs, as does the warning that caches are off; so it is switched
-    off here, and restored on exit.
+    bias of zeros. Only reentrant checkpoints need that, and models that use them are left alone. In others it sends the
+    backward pass through frozen layers, and it breaks torch.compile's graph, as does the warning that caches are off;
+    so both are switched off inside, and restored on exit.
     """
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     with ExitStack() as stack:
@@ -34,7 +34,7 @@ def is_checkpointed_block(module: nn.Module) -> bool:
 
 
 def _is_reentrant(layer: nn.Module) -> bool:
-    """Unless it says that it is not: torch's own default, and until version 4 that of transformers."""
+    """Unless ``use_reentrant=False`` is set: it is torch's default, and was that of transformers until version 4."""
     function = getattr(layer, "_gradient_checkpointing_func", None)
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
 

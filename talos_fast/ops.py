@@ -60,7 +60,7 @@ library = torch.library.Library("talos_fast", "FRAGMENT")
 
 
 def register(schema: str, reference: Callable[..., None], fake: Callable[..., None]) -> None:
-    """Makes ``torch.ops.talos_fast.*`` of a reference; a compiled kernel of a tensor's own device goes before it.
+    """Registers ``torch.ops.talos_fast.*`` with a reference to fall back on: a kernel compiled for the device is first.
 
     Args:
         schema: of an operator that writes in place and returns nothing; the C++ library, if there is one, has it too.

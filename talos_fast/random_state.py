@@ -46,7 +46,7 @@ class RandomState:
         return states | {name: generator.get_state() for name, generator in self._own.items()}
 
     def set(self, states: Mapping[str, Tensor]) -> None:
-        """Brings back what `get` gave; of generators that both sides have."""
+        """Restores what `get` gave, for the generators that are there on both sides."""
         torch.set_rng_state(states["cpu"])
         if self._device is not None and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self._device)

@@ -75,12 +75,12 @@ def task_rows(result: StudyResult) -> list[tuple[str, ...]]:
 
 def to_json(result: StudyResult, device: torch.device) -> dict[str, Any]:
     """Everything that was measured, with the machine, the versions and the date."""
+    masks = {name: mask.info for name, mask in result.masks.items()}
     return {
         **environment(device),
         "plan": asdict(result.plan),
         "zero_shot": result.zero_shot,
         "zero_shot_control": result.zero_shot_control,
-        "calibration_seconds": result.calibration_seconds,
-        "masks": {name: mask.info for name, mask in result.masks.items()},
+        **({"calibration_seconds": result.calibration_seconds, "masks": masks} if masks else {}),
         "methods": [method.to_json() for method in result.methods],
     }

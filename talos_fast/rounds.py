@@ -29,15 +29,16 @@ class Survivors:
     """A calibration between two rounds.
 
     Args:
-        masks: by all data, with the parameter's shape and device; and maybe by either half of it, of the watched rows,
-            on the CPU.
+        kept: by all data, with the parameter's shape and device.
+        halves: by the even and by the odd batches, of the watched rows, on the CPU; none if they are not followed.
         rows: the watched rows, see `watched_rows`.
         round: how many rounds are complete.
         seconds: spent so far.
         samples: scored in the last round, on all ranks.
     """
 
-    masks: list[Masks]
+    kept: Masks
+    halves: list[Masks]
     rows: dict[str, Tensor]
     round: int = 0
     seconds: float = 0.0
@@ -49,24 +50,15 @@ class Survivors:
         rows = watched_rows(parameters)
         kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
         half = {name: torch.ones(len(rows[name]), *p.shape[1:], dtype=torch.bool) for name, p in parameters.items()}
-        return cls([kept, half, half] if halves else [kept], rows)
-
-    @property
-    def kept(self) -> Masks:
-        """By all data."""
-        return self.masks[0]
-
-    @property
-    def halves(self) -> list[Masks]:
-        """By the even and by the odd batches; none if they are not followed."""
-        return self.masks[1:]
+        return cls(kept, [half, half] if halves else [], rows)
 
     @property
     def stability(self) -> float | None:
         """The Jaccard index of both halves' masks, if they were followed."""
         if not self.halves or not self.round:
             return None
-        pairs = [(mask, self.masks[2][name]) for name, mask in self.masks[1].items()]
+        even, odd = self.halves
+        pairs = [(mask, odd[name]) for name, mask in even.items()]
         either = sum(int((one | other).sum()) for one, other in pairs)
         return round(sum(int((one & other).sum()) for one, other in pairs) / either, 4)
 
@@ -112,7 +104,8 @@ class RoundFile:
 
     def _write(self, state: Survivors) -> None:
         if self.path is not None:
-            masks = {f"{part}:{name}": tensor for part, mask in enumerate(state.masks) for name, tensor in mask.items()}
+            parts = [state.kept, *state.halves]
+            masks = {f"{part}:{name}": tensor for part, mask in enumerate(parts) for name, tensor in mask.items()}
             progress = {name: getattr(state, name) for name in ("round", "seconds", "samples")}
             Mask(masks, info={"identity": self._identity, "progress": progress}).save(self.path)
 
@@ -140,4 +133,4 @@ class RoundFile:
         require_same_run(self.path, theirs, {**self._identity, "parameters": sorted(parameters)})
         kept = {name: masks["0"][name].to(p.device) for name, p in parameters.items()}
         halves = [masks[part] for part in ("1", "2") if part in masks]
-        return Survivors([kept, *halves], watched_rows(parameters), **file.info["progress"])
+        return Survivors(kept, halves, watched_rows(parameters), **file.info["progress"])

@@ -121,7 +121,7 @@ def run_suite(
     _keep_rates(cells, suite.plan)
     study = Study(backbone, suite.tasks, suite.control, suite.plan, progress, cells, recipes=suite.recipes)
     zero_shot, control = study.zero_shot()
-    result = StudyResult(suite.plan, zero_shot, control, [], {}, {}, 0.0)
+    result = StudyResult(suite.plan, zero_shot, control, [])
     jobs = [partial(study.row, method) for method in suite.plan.learning_rates]
     jobs += [partial(study.rival, merging) for merging in suite.mergings]
     for job in jobs:

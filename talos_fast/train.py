@@ -107,7 +107,7 @@ class Trainer:
             self._random.seed_own(self._recipe.seed)
             resumed = self._resume()
             if self._progress.position.step >= self._recipe.steps:
-                # What comes next goes on as after a run that was not interrupted.
+                # The generators are left where a run that was not interrupted leaves them.
                 self._random.set(self._progress.step_random)
                 return
             try:

@@ -1,4 +1,4 @@
-"""`Watch`: what is wrong with a step is noted where the step runs, and read by the host when it is known there."""
+"""`Watch`: the device notes whether a step was bad, and the host reads the note later, without waiting for it."""
 
 from collections import deque
 from collections.abc import Callable

@@ -89,9 +89,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["cpu", *([] if HAS_GPU else ["interpreter"]), pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where an optimizer steps: on the CPU, there by the Triton kernels in their interpreter, or on a GPU.
+    """Where an optimizer steps: "cpu" by the C++ operator, "interpreter" by the Triton kernels on CPU tensors, "cuda".
 
-    Where a test asks for it by name also "torch": on the CPU as where no library could be compiled.
+    A test may also ask for "torch": the CPU, as where no library could be compiled.
     """
     if request.param == "interpreter":
         monkeypatch.setattr("talos_fast.optim.launch.ON_CPU", True)

@@ -81,10 +81,7 @@ def calibrate(
     """Find the entries that a task is least sensitive to, and write them as a mask."""
     storage.require_file(out, "--out")
     storage.require_folder(checkpoint_dir, "--checkpoint-dir")
-    (task,) = o.load_tasks([data])
-    backbone = run.backbone()
-    classifier = backbone.classifier(task)
-    o.load_weights(classifier, weights)
+    task, backbone, classifier = run.classifier(data, weights)
     with o.resumable(checkpoint_dir):
         mask = talos.calibrate(
             classifier, backbone.batches(task.train, batch_size=batch_size, seed=run.seed, limit=samples),
@@ -138,10 +135,7 @@ def finetune(
     o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
     full = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
-    (task,) = o.load_tasks([data])
-    backbone = run.backbone()
-    classifier = backbone.classifier(task)
-    o.load_weights(classifier, weights)
+    task, backbone, classifier = run.classifier(data, weights)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
     with o.resumable(checkpoint), restoring_parameters(dict(classifier.named_parameters())):
         vector = talos.finetune(

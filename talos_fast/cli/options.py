@@ -98,6 +98,14 @@ class Run:
         torch.manual_seed(self.seed)  # of random weights: the next command must find the same base
         return models.load(self.model, pretrained=self.pretrained, device=self.place, dtype=DTYPES[self.dtype])
 
+    def classifier(self, data: Path, weights: Path | None) -> tuple[Task, Backbone, Classifier]:
+        """A task, the model, and its classifier for the task with the encoder's ``weights``, or `TalosError`."""
+        (task,) = load_tasks([data])
+        backbone = self.backbone()
+        classifier = backbone.classifier(task)
+        load_weights(classifier, weights)
+        return task, backbone, classifier
+
 
 def with_run(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the fields of its parameter ``run``, a `Run`, as options of its own.

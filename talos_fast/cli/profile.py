@@ -40,10 +40,7 @@ def profile(
     o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
     changed = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
-    (task,) = o.load_tasks([data])
-    backbone = run.backbone()
-    classifier = backbone.classifier(task)
-    o.load_weights(classifier, weights)
+    task, backbone, classifier = run.classifier(data, weights)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
     found = talos.profile(
         classifier, batches, method=method, mask=selected, density=density, finetuned=changed, rank=rank,

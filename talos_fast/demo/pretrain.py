@@ -46,8 +46,7 @@ def pretrain(*, steps: int, batch_size: int, images: int, lr: float, seed: int) 
 
     torch.manual_seed(seed)
     tokenizer = WordTokenizer(vocabulary(), CONTEXT_LENGTH)
-    architecture = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": {**TEXT, "vocab_size": tokenizer.vocab_size}}
-    model = build(architecture)
+    model = build(_architecture(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
@@ -68,16 +67,15 @@ def pretrain(*, steps: int, batch_size: int, images: int, lr: float, seed: int) 
     return model, tokenizer, float(np.mean(losses[-max(1, steps // 10) :]))
 
 
+def _architecture(tokenizer: WordTokenizer) -> dict[str, Any]:
+    return {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": {**TEXT, "vocab_size": tokenizer.vocab_size}}
+
+
 def save(model: Any, tokenizer: WordTokenizer, made: dict[str, Any], folder: Path) -> None:
     """Write weights (fp16) and description to a folder."""
     from safetensors.torch import save as serialize
 
-    text_cfg = {**TEXT, "vocab_size": tokenizer.vocab_size}
-    description = {
-        "architecture": {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": text_cfg},
-        "words": list(tokenizer.words),
-        "made": made,
-    }
+    description = {"architecture": _architecture(tokenizer), "words": list(tokenizer.words), "made": made}
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     # not save_file, which makes a file that only its owner can read: the package is for everyone

@@ -54,7 +54,7 @@ class Request:
         lr: peak learning rate.
         weight_decay: AdamW's, towards zero, of whatever trains.
         options: see `Options`.
-        first: trains a setup with the same recipe, gives its deltas, and puts the model back.
+        train_first: trains a setup with the same recipe, gives its deltas, and puts the model back.
 
     Raises:
         TalosError: a weight decay that is negative or not finite.
@@ -65,7 +65,7 @@ class Request:
     lr: float
     weight_decay: float
     options: Options
-    first: Callable[["Setup"], Deltas]
+    train_first: Callable[["Setup"], Deltas]
 
     def __post_init__(self) -> None:
         check_weight_decay(self.weight_decay)

@@ -33,7 +33,7 @@ def lota_mask(request: Request, names: Iterable[str]) -> tuple[float, Mask]:
     given = request.options.finetuned
     if given is not None and given.linearized:
         raise TalosError("finetuned=: a vector of a linearized model; method 'lota' needs one of method 'nonlinear'")
-    changes = request.first(nonlinear(request)) if given is None else given.deltas
+    changes = request.train_first(nonlinear(request)) if given is None else given.deltas
     return density, largest_changes(request.model, changes, density, names)
 
 

@@ -13,16 +13,16 @@ from talos_fast.methods.talos import talos
 
 # Where little can move, the rate that was best on three small models was 3 to 300 times that of full fine-tuning, in
 # the geometric mean 20 to 30 times (benchmarks/results/accuracy/table.md).
-FEW = 3e-4
+SPARSE_LR = 3e-4
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("nonlinear", nonlinear),
         Method("linearized", linearized),
-        Method("l-lora", l_lora, frozenset({"rank", "lora_alpha"}), FEW),
+        Method("l-lora", l_lora, frozenset({"rank", "lora_alpha"}), SPARSE_LR),
         Method("lota", lota, frozenset({"density", "finetuned"})),
-        Method("talos", talos, frozenset({"mask"}), FEW),
+        Method("talos", talos, frozenset({"mask"}), SPARSE_LR),
     )
 }
 

@@ -127,6 +127,7 @@ class Launch:
         return torch.zeros(2 * len(self.members), dtype=torch.int64, device="cpu", pin_memory=self._pins)
 
     def _advance(self, gradients: Tensor, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
+        # Triton takes a pointer for every argument; `unread` stands for those that this launch does not read.
         lr, (beta1, beta2) = group["lr"], group["betas"]
         lr_tensor, betas_tensor = (isinstance(v, Tensor) and v.device.type == self.device.type for v in (lr, beta1))
         unread = self._scalars

@@ -1,4 +1,4 @@
-"""Which parameters of an optimizer step by the Triton kernels, in which launches, and for how long those hold."""
+"""Which parameters of an optimizer the Triton kernels step, in which launches, and when those are built anew."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.plots.figure import new_figure, save
 from talos_fast.plots.matrices import draw_matrix
-from talos_fast.structure import KINDS, density_by_kind, density_by_part, parts
+from talos_fast.structure import KINDS, Count, density_by_kind, density_by_part, parts
 
+Counts = Mapping[tuple[int, str], Count]
 COLUMNS = 48  # cells along the longer side of a weight's picture
 
 
@@ -35,38 +37,43 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
         TalosError: matplotlib is missing, or the path cannot be written.
     """
     counts = density_by_part(masks)
+    block, weights = _fullest_block(masks, counts)
+    figure, axes = new_figure(3.2 * max(2, len(weights)), 6.4, nrows=2, ncols=max(1, len(weights)))
+    grid = axes[0, 0].get_gridspec()
+    for axis in axes[0]:
+        axis.remove()
+    _draw_density(figure, figure.add_subplot(grid[0, :]), counts)
+    for axis, (name, mask) in zip(axes[1], weights.items(), strict=False):
+        _draw_weight(axis, name.partition(f".{block}.")[2] or name, mask)
+    figure.suptitle(title or f"mask structure; below: the weights of block {block}")
+    save(figure, path)
+
+
+def _fullest_block(masks: Mapping[str, Tensor], counts: Counts) -> tuple[int, dict[str, Tensor]]:
+    """The block with the most selected entries, -1 if there is none, and the masks of its weight matrices."""
+    selected: dict[int, int] = {}
+    for (layer, _), count in counts.items():
+        selected[layer] = selected.get(layer, 0) + count.selected
+    block = max((layer for layer in sorted(selected) if layer >= 0), key=lambda layer: selected[layer], default=-1)
+    matrices = {name: mask for name, mask in masks.items() if block >= 0 and mask.dim() >= 2}
+    return block, {name: m for name, m in matrices.items() if parts(name, tuple(m.shape))[0].layer == block}
+
+
+def _draw_density(figure: Any, axis: Any, counts: Counts) -> None:
     layers = sorted({layer for layer, _ in counts})
     kinds = [kind for kind in KINDS if any(kind == k for _, k in counts)]
     table = np.full((len(kinds), len(layers)), np.nan)
     for (layer, kind), count in counts.items():
         table[kinds.index(kind), layers.index(layer)] = count.density
-    by_layer = {layer: sum(c.selected for (number, _), c in counts.items() if number == layer) for layer in layers}
-    block = max((layer for layer in layers if layer >= 0), key=lambda layer: by_layer[layer], default=-1)
-    matrices = {name: mask for name, mask in masks.items() if block >= 0 and mask.dim() >= 2}
-    weights = {name: m for name, m in matrices.items() if parts(name, tuple(m.shape))[0].layer == block}
-    figure, axes = new_figure(3.2 * max(2, len(weights)), 6.4, nrows=2, ncols=max(1, len(weights)))
-    grid = axes[0, 0].get_gridspec()
-    for axis in axes[0]:
-        axis.remove()
-    top = figure.add_subplot(grid[0, :])
-    image = top.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    top.set_yticks(range(len(kinds)), kinds)
-    top.set_xticks(range(len(layers)), ["outside" if layer < 0 else str(layer) for layer in layers])
-    top.set_xlabel("layer")
-    for (row, column), value in np.ndenumerate(table):
-        if not np.isnan(value):
-            top.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k"
-            )
-    figure.colorbar(image, ax=top, label="fraction that trains")
-    for axis, (name, mask) in zip(axes[1], weights.items(), strict=False):
-        axis.imshow(_cells(mask).numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        within = name.partition(f".{block}.")[2] or name
-        axis.set_title(f"{within}\n{mask.float().mean():.2f} of {tuple(mask.shape)}", fontsize=8)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.suptitle(title or f"mask structure; below: the weights of block {block}")
-    save(figure, path)
+    names = ["outside" if layer < 0 else str(layer) for layer in layers]
+    draw_matrix(figure, axis, table.tolist(), kinds, names, label="fraction that trains, by layer", limits=(0, 1))
+
+
+def _draw_weight(axis: Any, name: str, mask: Tensor) -> None:
+    axis.imshow(_cells(mask).numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    axis.set_title(f"{name}\n{mask.float().mean():.2f} of {tuple(mask.shape)}", fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])
 
 
 def plot_mask_overlap(masks: Mapping[str, Mask], path: str | Path, *, title: str = "") -> None:

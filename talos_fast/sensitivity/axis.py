@@ -6,9 +6,9 @@ do not interact, so a row of an output's gradient is multiplied by the code of t
 any rounding, whatever views, permutations or kernels lie between. An axis is right if it predicts the factor of every
 row. Axes that nothing distinguishes (rows without gradient) are looked at again in the next batch.
 
-Subnormal numbers do round, and in fp16 up to nine tenths of ViT-tiny's gradients are subnormal: rows were 8 % off. So
-in fp16 both gradients that are compared are scaled up first. What still differs decides how layers below round, until
-they are up to 2 % of a row off, as much as fp16 itself is.
+Only subnormal numbers are rounded by a code, and in fp16 up to nine tenths of ViT-tiny's gradients are subnormal: rows
+were 8 % off. So in fp16 both gradients are scaled up before they are compared. The roundings that remain grow from
+layer to layer, to 2 % of a row, which is about fp16's own error; `HALF` allows for them.
 """
 
 from collections.abc import Iterator, Sequence

@@ -54,7 +54,7 @@ class Learner:
         """The learning rate of a method, one for all tasks, and the mean validation accuracy of every rate it tried."""
         return self._cells.value(f"{method}/rate", lambda: self._choose_rate(method))
 
-    def trained(self, method: str, lr: float, task: Task) -> dict[str, Any]:
+    def outcome(self, method: str, lr: float, task: Task) -> dict[str, Any]:
         """The validation accuracy of a task's vector, and the seconds it took, with all that its method needs first."""
 
         def make() -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Learner:
             if method == "talos":
                 seconds += self.mask(task).info["seconds"]
             elif method == "lota" and (rate := self._full_rate()):
-                seconds += self.trained("nonlinear", rate, task)["seconds"]
+                seconds += self.outcome("nonlinear", rate, task)["seconds"]
             return {"validation": accuracy, "seconds": seconds, "last_loss": vector.info["last_loss"]}
 
         return self._cells.value(_cell(method, lr, task), make)
@@ -79,7 +79,7 @@ class Learner:
         for number in range(plan.extend + 1):
             new = [rate for rate in rates if rate not in scores]
             runs = self.bar([(lr, task) for lr in new for task in chosen_on], f"{method}: choose a rate")
-            found = {(lr, task.name): self.trained(method, lr, task)["validation"] for lr, task in runs}
+            found = {(lr, task.name): self.outcome(method, lr, task)["validation"] for lr, task in runs}
             scores |= {lr: sum(found[lr, task.name] for task in chosen_on) / len(chosen_on) for lr in new}
             best = max(rates, key=lambda lr: scores[lr])
             if number == plan.extend or best not in (rates[0], rates[-1]):

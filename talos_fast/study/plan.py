@@ -121,12 +121,15 @@ class MethodResult:
 
 @dataclass
 class StudyResult:
-    """What a study found; vectors and masks by method and task, accuracies on test data."""
+    """What a study found: accuracies on test data.
+
+    One that keeps them also gives masks by task, vectors by method and task, and the seconds that all masks took.
+    """
 
     plan: Plan
     zero_shot: dict[str, float]
     zero_shot_control: float | None
     methods: list[MethodResult]
-    masks: dict[str, Mask]
-    vectors: dict[str, dict[str, TaskVector]]
-    calibration_seconds: float
+    masks: dict[str, Mask] = field(default_factory=dict)
+    vectors: dict[str, dict[str, TaskVector]] = field(default_factory=dict)
+    calibration_seconds: float | None = None

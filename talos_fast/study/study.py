@@ -79,7 +79,7 @@ class Study:
         """Fine-tunes every task by one method, at its best rate."""
         rate = self._learner.rate(method)
         runs = self._bar(self._tasks, f"{method}: fine-tune")
-        seconds = sum(self._learner.trained(method, rate["lr"], task)["seconds"] for task in runs)
+        seconds = sum(self._learner.outcome(method, rate["lr"], task)["seconds"] for task in runs)
         vectors = {task.name: self._learner.vector(method, rate["lr"], task) for task in self._tasks}
         row = MethodResult(method, rate["lr"], rate["validation_by_lr"], seconds=seconds)
         row.vector_bytes = {name: vector.info.get("factor_bytes", vector.nbytes) for name, vector in vectors.items()}
