@@ -100,7 +100,7 @@ class SparseDelta:
 
     def support(self) -> Tensor:
         """The bool tensor of the parameter's shape that is True where an entry moved."""
-        full = torch.zeros(self.numel, dtype=torch.bool)
+        full = torch.zeros(self.numel, dtype=torch.bool, device="cpu")
         full[slice(None) if self.indices is None else self.indices] = True
         return full.view(self.shape)
 

@@ -11,6 +11,7 @@ from talos_fast.delta import SparseDelta, union
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Target, named_tensors
 from talos_fast.indexing import gather, scatter_
+from talos_fast.interrupt import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Edit:
 
     def revert(self) -> None:
         """Restores the very bits that were there."""
-        for touched in self._touched:
-            scatter_(touched.tensor, touched.indices, touched.original)
+        with uninterrupted():
+            for touched in self._touched:
+                scatter_(touched.tensor, touched.indices, touched.original)
 
 
 def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:

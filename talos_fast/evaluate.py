@@ -90,7 +90,7 @@ def evaluate_along(
 
 def _along_line(line: Linearized, batches: Batches, alphas: Sequence[float], forward: Forward) -> list[Accuracy]:
     device, total = device_of(line), 0
-    coefficients = torch.tensor(alphas, device=device).view(-1, 1, 1)
+    coefficients = torch.tensor(alphas, dtype=torch.float64, device=device).view(-1, 1, 1)
     correct = torch.zeros(len(alphas), dtype=torch.int64, device=device)
     for index, batch in enumerate(batches):
         batch, ends = to_device(batch, device), []

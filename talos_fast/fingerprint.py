@@ -59,8 +59,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def identify(tensor: Tensor) -> str:
-    """dtype, shape and a 64-bit digest of the bits of a tensor; independent of device and strides."""
+    """dtype, shape and a 64-bit digest of the bits of a tensor; independent of device, strides and the sign of zeros.
+
+    A difference does not tell -0.0 from 0.0, so a vector cannot restore which of the two a trained entry was.
+    """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.is_floating_point() and flat.element_size() > 1:  # torch adds no 8-bit floats
+        flat = flat + 0.0  # -0.0 + 0.0 is 0.0
     bits = hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=8).hexdigest()
     shape = "x".join(map(str, tensor.shape)) or "scalar"
     return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {bits}"

@@ -93,7 +93,7 @@ def interference(
         raise TalosError(f"{len(names)} names for {len(chosen)} task vectors; give one a vector")
     common(chosen)
     count = len(chosen)
-    dot, both, agreement, inside = (torch.zeros(count, count, dtype=torch.float64) for _ in range(4))
+    dot, both, agreement, inside = (torch.zeros(count, count, dtype=torch.float64, device="cpu") for _ in range(4))
     for _, stack in stacks(chosen):
         for values in stack.values.split(BLOCK, dim=1):
             values = values.double()

@@ -1,4 +1,4 @@
-"""Ctrl-C, and the SIGTERM of a scheduler, as a flag, for long operations that stop at a good place."""
+"""Ctrl-C, and the SIGTERM of a scheduler: a flag for long operations that stop at a good place, or made to wait."""
 
 import os
 import signal
@@ -42,3 +42,21 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
     if pressed:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets signals wait until the block ends: for what must not be left half done, and is soon done."""
+    waiting: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (None, signal.SIG_IGN)]
+    previous = {number: signal.signal(number, lambda came, _: waiting.append(came)) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for came in waiting:
+            signal.raise_signal(came)

@@ -96,7 +96,7 @@ class Mask(Mapping[str, Tensor]):
             raise TalosError(f"keep={keep!r}: choose 'lowest' or 'highest'")
         alone = [{name: score} for name, score in scores.items() if score.numel()]
         groups = alone if scope == "per_tensor" else [dict(scores)]
-        selected = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
+        selected = {name: torch.zeros(score.shape, dtype=torch.bool, device="cpu") for name, score in scores.items()}
         for group in groups:
             total = sum(score.numel() for score in group.values())
             selected |= select_extreme(group, max(1, share(fraction, total)), keep)
@@ -213,7 +213,7 @@ class Mask(Mapping[str, Tensor]):
         _, tensors, content = storage.read(Path(path), ("mask",))
         masks = {}
         for name, shape in content["shapes"].items():
-            mask = torch.zeros(shape, dtype=torch.bool)
+            mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
             indices = storage.unpack_selection(name, tensors, mask.numel())
             mask.view(-1)[slice(None) if indices is None else indices.long()] = True
             masks[name] = mask

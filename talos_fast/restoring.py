@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from talos_fast.gradient_checkpointing import lean_checkpointing
+from talos_fast.interrupt import uninterrupted
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def restoring_parameters(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
+        with uninterrupted(), torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(originals[name])
 
@@ -54,11 +55,12 @@ def restoring_all_but_parameters(model: nn.Module) -> Iterator[None]:
         with restoring_modes(model), torch.inference_mode(False), torch.enable_grad(), lean_checkpointing(model):
             yield
     finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-            p.grad = None
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-        for buffer, before in copies.items():
-            if before.layout is not torch.strided or not torch.equal(buffer, before):
-                buffer.data = before  # not copy_: it may have been resized, or be expanded
+        with uninterrupted():
+            for p, flag in flags.items():
+                p.requires_grad_(flag)
+                p.grad = None
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
+            for buffer, before in copies.items():
+                if before.layout is not torch.strided or not torch.equal(buffer, before):
+                    buffer.data = before  # not copy_: it may have been resized, or be expanded

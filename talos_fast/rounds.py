@@ -49,7 +49,10 @@ class Survivors:
         """The start: nothing rejected."""
         rows = watched_rows(parameters)
         kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-        half = {name: torch.ones(len(rows[name]), *p.shape[1:], dtype=torch.bool) for name, p in parameters.items()}
+        half = {
+            name: torch.ones(len(rows[name]), *p.shape[1:], dtype=torch.bool, device="cpu")
+            for name, p in parameters.items()
+        }
         return cls(kept, [half, half] if halves else [], rows)
 
     @property

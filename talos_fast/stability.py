@@ -26,7 +26,7 @@ def watched_rows(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, p in parameters.items():
         length = len(p) if p.dim() else 1
         count = max(1, round(share * length)) if length else 0
-        rows[name] = torch.randperm(length, generator=generator)[:count].sort().values
+        rows[name] = torch.randperm(length, generator=generator, device="cpu")[:count].sort().values
     return rows
 
 
@@ -47,7 +47,10 @@ class Halves:
     ) -> None:
         self._ledger = ledger
         self._places = {name: _places(accumulator, rows[name]) for name, accumulator in ledger.items()}
-        self.sums = [{name: torch.zeros(rows.shape) for name, rows in like.items()} for _ in (0, 1)]
+        self.sums = [
+            {name: torch.zeros(rows.shape, dtype=torch.float32, device="cpu") for name, rows in like.items()}
+            for _ in (0, 1)
+        ]
         self._last = self._now()
         self._batch = 0
 
@@ -68,7 +71,7 @@ class Halves:
 def _places(accumulator: Accumulator, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the watched rows an accumulator holds, and where."""
     if accumulator.rows is None:
-        return torch.ones(len(rows), dtype=torch.bool), rows
+        return torch.ones(len(rows), dtype=torch.bool, device="cpu"), rows
     places = torch.searchsorted(accumulator.rows, rows).clamp_(max=len(accumulator.rows) - 1)
     present = accumulator.rows[places] == rows
     return present, places[present]

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from huggingface_hub import ModelHubMixin
+from torch import nn
 
 from talos_fast import vector_file
 from talos_fast.delta import SparseDelta
@@ -73,8 +75,17 @@ class TaskVector(
 
     def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
         super()._set(deltas, base, info)
-        self._edits: dict[int, tuple[Target, Edit]] = {}
+        # What it is applied to. A module may go meanwhile; a dict cannot be referred to weakly, and is held.
+        self._modules: WeakKeyDictionary[nn.Module, Edit] = WeakKeyDictionary()
+        self._state_dicts: dict[int, tuple[Target, Edit]] = {}
         self._hub_mixin_config = None  # everything is in our own files; no config.json of constructor arguments
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What copies and pickles carry; they are applied to nothing."""
+        return self.deltas, self.base, self.info
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._set(*state)
 
     def apply_to(self, target: Target, scaling_coef: float = 1.0, *, check_base: bool = True) -> Target:
         """Adds ``scaling_coef`` times the vector, in place; `revert` takes it back bit for bit.
@@ -92,13 +103,16 @@ class TaskVector(
         Raises:
             TalosError: another base, unknown names, other shapes, or already applied; nothing is written then.
         """
-        if id(target) in self._edits:
+        if target in self._modules if isinstance(target, nn.Module) else id(target) in self._state_dicts:
             raise TalosError("this task vector is applied to this model already; revert it first")
         if check_base:
             require_base(self.base, target, "the task vector")
         edit = Edit(target, self.deltas)
         edit.move(scaling_coef)
-        self._edits[id(target)] = (target, edit)  # holds the target, so that its id stays its own
+        if isinstance(target, nn.Module):
+            self._modules[target] = edit
+        else:
+            self._state_dicts[id(target)] = target, edit  # held, so that its id stays its own
         return target
 
     def revert(self, target: Target) -> Target:
@@ -107,9 +121,13 @@ class TaskVector(
         Raises:
             TalosError: this vector is not applied to ``target``.
         """
-        if id(target) not in self._edits:
+        if isinstance(target, nn.Module):
+            edit = self._modules.pop(target, None)
+        else:
+            _, edit = self._state_dicts.pop(id(target), (None, None))
+        if edit is None:
             raise TalosError("this task vector is not applied to this model; apply_to comes first")
-        self._edits.pop(id(target))[1].revert()
+        edit.revert()
         return target
 
     def save_pretrained(

@@ -16,7 +16,7 @@ from talos_fast.checkpoint import Checkpoint, Position, Progress, require_same_r
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import batch_digest
 from talos_fast.forward import Batch, Batches
-from talos_fast.interrupt import interruptible
+from talos_fast.interrupt import interruptible, uninterrupted
 from talos_fast.methods import Setup
 from talos_fast.random_state import RandomState, seeded, sources
 from talos_fast.step import Amp, Loss, Step
@@ -104,18 +104,23 @@ class Trainer:
         """
         with seeded(self._recipe.seed, self._step.device):
             self._random = RandomState(self._batches, self._step.device)
+            before = self._random.get()
             self._random.seed_own(self._recipe.seed)
-            resumed = self._resume()
-            if self._progress.position.step >= self._recipe.steps:
-                # The generators are left where a run that was not interrupted leaves them.
-                self._random.set(self._progress.step_random)
-                return
             try:
-                with interruptible() as interrupted:
-                    self._loop(resumed, interrupted, progress)
+                self._run(progress)
             finally:
-                # Parameters and moments change only inside a step, so this is the last good state, come what may.
-                self._save()
+                self._random.set(before)
+
+    def _run(self, progress: bool) -> None:
+        resumed = self._resume()
+        if self._progress.position.step >= self._recipe.steps:
+            return
+        try:
+            with interruptible() as interrupted:
+                self._loop(resumed, interrupted, progress)
+        finally:
+            # Parameters and moments change only inside a step, so this is the last good state, come what may.
+            self._save()
 
     def _loop(self, resumed: Iterator[Batch] | None, interrupted: Callable[[], bool], progress: bool) -> None:
         done, last_save = self._progress.position.step, time.monotonic()
@@ -171,11 +176,12 @@ class Trainer:
 
     def _update(self, where: str, position: Position) -> None:
         self._step.clip(where, then=self._count_good)
-        self._step.update(self._recipe.lr_at(position.step - 1))
-        self._step.release()
-        self._reached.append(
-            Progress(position, self._epoch_random, self._random.get(), self._data, self._step.last_loss)
-        )
+        with uninterrupted():  # a checkpoint says how many steps its parameters have taken
+            self._step.update(self._recipe.lr_at(position.step - 1))
+            self._step.release()
+            self._reached.append(
+                Progress(position, self._epoch_random, self._random.get(), self._data, self._step.last_loss)
+            )
         self._advance()
 
     def _count_good(self) -> None:

@@ -36,7 +36,7 @@ class Watch:
     """
 
     def __init__(self, device: torch.device, lag: int) -> None:
-        self.found_inf = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._lag = lag
         self._notes: deque[_Note] = deque()
 
@@ -60,7 +60,7 @@ class Watch:
         if launch.is_capturing():
             return
         if facts.is_cuda:
-            pinned = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
+            pinned = torch.empty(facts.shape, dtype=facts.dtype, device="cpu", pin_memory=True)
             facts, arrived = pinned.copy_(facts, non_blocking=True), torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self.found_inf.device))
         self._notes.append(_Note(facts, arrived, check, then))

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from talos_fast.interrupt import interruptible
+from talos_fast.interrupt import interruptible, uninterrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -64,3 +64,17 @@ def test_processes_that_are_forked_meanwhile_can_be_ended():
         child.terminate()
         child.join(20)
         assert child.exitcode == -signal.SIGTERM and not interrupted()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_what_must_not_be_left_half_done(number):
+    before, done = signal.getsignal(number), []
+    signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            done.append(True)
+        assert done and signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)

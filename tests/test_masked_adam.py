@@ -199,11 +199,15 @@ def test_masks_that_do_not_fit_are_refused(given, message):
         MaskedAdam([(f"p{n}", p) for n, p in enumerate(parameters())], masks=given)
 
 
-def test_what_is_not_supported_is_refused(place):
+@pytest.mark.parametrize("after", [False, True], ids=["first", "after a step"])
+def test_what_is_not_supported_is_refused(after, place):
     p = torch.nn.Parameter(torch.ones(3, device="cuda" if place == "cuda" else "cpu"))
     with pytest.raises(TalosError, match="differentiable"):
         MaskedAdam([p], differentiable=True)
     optimizer = MaskedAdam([p], masks=[torch.ones(3, dtype=torch.bool)])
+    if after:
+        p.grad = torch.ones_like(p)
+        optimizer.step()
     p.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), device=p.device, check_invariants=True)
     with pytest.raises(RuntimeError, match="does not support sparse gradients, please consider SparseAdam"):
         optimizer.step()

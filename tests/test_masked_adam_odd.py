@@ -250,3 +250,33 @@ def test_what_is_no_mask_is_refused_and_leaves_no_group(masks):
     with pytest.raises(TalosError, match="mask of"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4))], "masks": masks})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("way", [("cpu", "cuda"), ("cuda", "cpu")], ids=" to ".join)
+def test_a_model_may_be_moved_after_its_optimizer_was_made(way, compact):
+    nets, optimizers = [], []
+    for made_on in way:
+        net, mask = linear()
+        net.to(made_on)
+        optimizers.append(MaskedAdam(net.named_parameters(), lr=0.1, masks={"weight": mask}))
+        nets.append(net.to(way[1]))
+        if compact:
+            optimizers[-1].compact_gradients()
+        for _ in range(2):
+            with optimizers[-1].selected_rows():
+                net(torch.ones(2, net.in_features, device=way[1])).square().sum().backward()
+            optimizers[-1].clip_grad_norm_(1.0, entries="selected")
+            optimizers[-1].step()
+            optimizers[-1].zero_grad()
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_group_of_adams_is_refused():
+    """Its decay goes into the gradient, which AdamW does for such a group and this optimizer never."""
+    adam = torch.optim.Adam([nn.Parameter(torch.ones(2))])
+    assert adam.param_groups[0]["decoupled_weight_decay"] is False
+    with pytest.raises(TalosError, match="decoupled_weight_decay=False"):
+        MaskedAdam(adam.param_groups)

@@ -1,10 +1,14 @@
 """What finetune and profile leave of a model: flags, modes and buffers, however those were changed."""
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from talos_fast.restoring import restoring_all_but_parameters
+from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
 
 
 class Buffered(nn.Module):
@@ -34,3 +38,24 @@ def test_buffers_come_back_as_the_same_tensors():
     assert model.linear.weight.requires_grad and model.absent is None
     for name, buffer in model.named_buffers():
         assert buffer is before[name][0] and torch.equal(buffer, before[name][1]), name
+
+
+class Pressing(TorchFunctionMode):
+    """Presses Ctrl-C when a tensor is copied to another for the first time."""
+
+    pressed = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and not self.pressed:
+            self.pressed = True
+            os.kill(os.getpid(), signal.SIGINT)
+        return func(*args, **(kwargs or {}))
+
+
+def test_parameters_come_back_though_one_presses_meanwhile():
+    parameters = dict(nn.Linear(3, 2).named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    with pytest.raises(KeyboardInterrupt), Pressing() as pressing, restoring_parameters(parameters):
+        for p in parameters.values():
+            p.data.mul_(2)
+    assert pressing.pressed and all(torch.equal(p, before[name]) for name, p in parameters.items())

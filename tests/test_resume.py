@@ -1,12 +1,16 @@
 """Loaders whose order or workers have a state of their own: interrupted and resumed, finetune and calibrate."""
 
 import copy
+import itertools
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import interrupting
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -114,3 +118,31 @@ def test_an_iterator_cannot_be_read_again_to_see(tmp_path):
     with pytest.raises(TalosError, match="other batches"):
         finetune(copy.deepcopy(start), iter(batches[::-1]), **options)
     finetune(start, iter(batches), **options)
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_checkpoint_is_whole_whenever_one_presses(presses, tmp_path):
+    """While the optimizer steps, the parameters are ahead of the position that a checkpoint would name."""
+    options = {"method": "nonlinear", "lr": 1e-2, "steps": 8, "progress": False}
+    batches, whole, part, resumed = list(DataLoader(data(), 8)), net(), net(), net()
+    finetune(whole, batches, **options)
+    steps = itertools.count(1)
+
+    def press(*_):
+        if next(steps) == 4:
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), register_optimizer_step_post_hook(press):
+        finetune(part, batches, checkpoint_dir=tmp_path, **options)
+    finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_loaders_own_generator_is_as_it_was():
+    generator = torch.Generator().manual_seed(42)
+    before = generator.get_state()
+    loader = DataLoader(data(), 8, shuffle=True, generator=generator)
+    finetune(net(), loader, method="nonlinear", lr=1e-2, steps=7, progress=False)
+    assert torch.equal(generator.get_state(), before)

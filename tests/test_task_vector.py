@@ -1,6 +1,9 @@
 """The vector: exact both ways, linear, checked against its base, small on disk."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -265,3 +268,29 @@ def test_tied_weights_may_go_by_each_of_their_names():
     vector.deltas["head.weight"] = vector.deltas["head.weight"].scaled(2.0)
     with pytest.raises(TalosError, match="are names of one parameter of the model, but the task"):
         vector.apply_to(target)
+
+
+def test_models_that_a_vector_is_applied_to_may_go():
+    base = nn.Linear(100, 100)
+    tuned = copy.deepcopy(base)
+    tuned.bias.data.add_(1)
+    vector = TaskVector(base, tuned)
+    size = len(pickle.dumps(vector))
+    applied = vector.apply_to(copy.deepcopy(base))
+    gone = weakref.ref(applied)
+    assert len(pickle.dumps(vector)) == size
+    again = copy.deepcopy(vector)
+    with pytest.raises(TalosError, match="not applied to this model"):
+        again.revert(applied)
+    del applied
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_sign_of_a_zero_makes_no_other_base():
+    """A pruned model has both, and a difference cannot tell them apart."""
+    base = {"w": torch.tensor([1.0, -1.0, 2.0])}
+    pruned = {"w": base["w"] * torch.tensor([0.0, 0.0, 1.0])}
+    further = {"w": pruned["w"] + 1}
+    edited = TaskVector(base, pruned).apply_to({"w": base["w"].clone()})
+    assert torch.equal(TaskVector(pruned, further).apply_to(edited)["w"], further["w"])

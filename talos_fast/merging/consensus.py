@@ -36,7 +36,7 @@ def tall_masks(vectors: Sequence[TaskVector], *, lam: float = 0.4) -> list[Mask]
     masks: list[dict[str, Tensor]] = [{} for _ in vectors]
     for name, stack in stacks(vectors):
         for mask, claimed in zip(masks, _claimed(stack.values, lam), strict=True):
-            full = torch.zeros(stack.shape, dtype=torch.bool)
+            full = torch.zeros(stack.shape, dtype=torch.bool, device="cpu")
             full.view(-1)[slice(None) if stack.indices is None else stack.indices] = claimed.cpu()
             mask[name] = full
     base, _ = common(vectors)

@@ -22,7 +22,7 @@ def drop_and_rescale(vectors: Sequence[TaskVector], density: float, seed: int) -
         kept = {}
         for name in sorted(vector.deltas):  # the order in which a file lists them is another
             delta = vector.deltas[name]
-            keep = torch.rand(len(delta.values), generator=generator) < density
+            keep = torch.rand(len(delta.values), generator=generator, dtype=torch.float32, device="cpu") < density
             kept[name] = delta.select(keep.to(delta.values.device)).scaled(1.0 / density)
         thinned.append(TaskVector.from_deltas(kept, base=vector.base, info=vector.info))
     return thinned

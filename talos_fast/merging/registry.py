@@ -84,5 +84,5 @@ def combine(
         raise TalosError(f"{len(weights)} weights for {len(vectors)} task vectors; give one a vector")
     if weights is not None and not all(map(math.isfinite, weights)):
         raise TalosError(f"weights {list(weights)}: every one must be a finite number")
-    scaled = vectors if weights is None else [w * vector for w, vector in zip(weights, vectors, strict=True)]
+    scaled = vectors if weights is None else [float(w) * vector for w, vector in zip(weights, vectors, strict=True)]
     return METHODS[method](scaled, **options)

@@ -110,7 +110,7 @@ def lora_adapters(model: nn.Module, rank: int) -> list[Adapter]:
                 start, stop, _ = part.rows.indices(outputs)
                 generator = torch.Generator().manual_seed(crc32(f"{name}[{start}:]".encode()))
                 bound = 1 / math.sqrt(inputs)  # kaiming_uniform_(a=√5)
-                a = (2 * torch.rand(rank, inputs, generator=generator) - 1) * bound
+                a = (2 * torch.rand(rank, inputs, generator=generator, dtype=torch.float32, device="cpu") - 1) * bound
                 b = nn.Parameter(p.new_zeros(stop - start, rank))
                 found.append(Adapter(name, slice(start, stop), part.dim, a.to(p), b))
     if not found:

@@ -48,7 +48,8 @@ def largest_changes(model: nn.Module, changes: Mapping[str, SparseDelta], densit
         raise TalosError(f"finetuned= moves {unknown[0]!r}, which is no trainable parameter of {type(model).__name__}")
     chosen = {name: parameters[name] for name in names}
     scores = {
-        name: changes[name].dense().abs() if name in changes else torch.zeros(p.shape) for name, p in chosen.items()
+        name: changes[name].dense().abs() if name in changes else torch.zeros_like(p, requires_grad=False)
+        for name, p in chosen.items()
     }
     selected = Mask.from_scores(scores, density, keep="highest")
     moved = sum(len(delta.values) for name, delta in changes.items() if name in chosen)

@@ -64,7 +64,9 @@ class ImagePreprocess:
             resized = self._resize(inputs)
         else:
             resized = torch.cat([self._resize(read_image(Path(path))[None]) for path in inputs])
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1) for values in (self.mean, self.std)
+        )
         return ((resized / 255.0 - mean) / std).contiguous()
 
     def _resize(self, images: npt.NDArray[np.uint8]) -> Tensor:

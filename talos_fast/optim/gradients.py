@@ -52,6 +52,7 @@ class MaskedGradients(AdamW):
             RuntimeError: a norm that is not finite, if asked for.
         """
         check_clip(max_norm, entries)
+        self._follow()
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = total_norm(parameters, self._selections, entries, error_if_nonfinite)
         self._clip = Clip(norm, max_norm)
@@ -83,6 +84,7 @@ class MaskedGradients(AdamW):
             raise TalosError(f"norm={norm!r}: choose 'all' or 'selected'")
         if accumulate < 1:
             raise TalosError(f"accumulate={accumulate}: a step takes at least one backward pass")
+        self._follow()
         if self._compaction is not None:
             self._compaction.remove()
         self._compaction = Compaction(self._selections, norm, accumulate)
@@ -90,6 +92,15 @@ class MaskedGradients(AdamW):
             self._rows.attach(self._selections, self._compaction)
         weakref.finalize(self, self._compaction.remove)
         return self._compaction
+
+    def _follow(self) -> None:
+        """Takes the masks to where their parameters are: a model may be moved after its optimizer was made."""
+        if torch.compiler.is_compiling():
+            return
+        moved = {p: one.to(p.device) for p, one in self._selections.items() if one.work.device != p.device}
+        if moved:
+            self._selections |= moved
+            self._reselect()
 
     def _reselect(self) -> None:
         """After a change of masks: what was derived from them is made anew."""
@@ -106,6 +117,7 @@ class MaskedGradients(AdamW):
         calls no hook on them, and finds no weight in ``torch.autograd.grad`` and ``backward(inputs=...)``. The norm of
         "all" entries is here of those that are computed.
         """
+        self._follow()
         if self._rows is None:
             self._rows = SelectedRows(self._selections, self._compaction)
         return self._rows

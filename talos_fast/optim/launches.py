@@ -141,7 +141,7 @@ def _wants(group: Group) -> bool:
 
 
 def _is_of(gradient: Tensor | None, dtype: torch.dtype) -> bool:
-    return gradient is None or gradient.dtype is dtype
+    return gradient is None or (gradient.dtype is dtype and gradient.layout is torch.strided)
 
 
 def _addresses(groups: Sequence[Group], states: Mapping[Tensor, State]) -> list[int]:

@@ -102,11 +102,19 @@ class MaskedAdam(MaskedGradients):
         return f"{super().__repr__()[:-1]}Selected entries: {selected:,} of {sum(p.numel() for p in parameters):,}\n)"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the group may carry ``masks`` for its own parameters."""
+        """As in torch; the group may carry ``masks`` for its own parameters.
+
+        Raises:
+            TalosError: as the constructor; or the group is one of Adam's, whose weight decay is not decoupled.
+        """
         masks = None
         if isinstance(param_group, dict) and "masks" in param_group:
             param_group = dict(param_group)  # the caller may make another optimizer of it
             masks = param_group.pop("masks")
+        if isinstance(param_group, dict) and not param_group.get("decoupled_weight_decay", True):
+            raise TalosError(
+                "decoupled_weight_decay=False: the decay of MaskedAdam is AdamW's, decoupled; leave it out"
+            )
         super().add_param_group(param_group)
         if masks is not None:
             try:
@@ -159,6 +167,7 @@ class MaskedAdam(MaskedGradients):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow()
         grad_scale, found_inf = self._total_grad_scale(), getattr(self, "found_inf", None)
         self._launches.check(self.param_groups, self.state)
         for group in self.param_groups:

@@ -23,7 +23,7 @@ The C++ operator checks that no row, bit or offset leaves the parameter, its sta
 overlap is what `select` guarantees.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -63,6 +63,11 @@ class Selection:
         if self.index is None:
             return "runs"
         return "bits" if self.index.dtype is torch.uint8 else "offsets"
+
+    def to(self, device: torch.device) -> "Selection":
+        """The same, with work table and index on a device."""
+        index = None if self.index is None else self.index.to(device)
+        return replace(self, work=self.work.to(device), index=index)
 
     @property
     def nbytes(self) -> int:

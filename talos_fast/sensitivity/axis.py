@@ -82,9 +82,11 @@ def pattern(rows: Sequence[int], samples: int) -> tuple[tuple[bool, bool], ...]:
 
 def codes(samples: int, generator: torch.Generator) -> Tensor:
     """±1/64 … ±1, (N,): distinct up to 14 samples, then drawn. None makes a gradient larger, so none overflows."""
-    book = torch.tensor([sign * 2.0**-power for power in range(7) for sign in (1, -1)])
-    order = torch.randperm(len(book), generator=generator)
-    drawn = torch.randint(len(book), (max(0, samples - len(book)),), generator=generator)
+    book = torch.tensor(
+        [sign * 2.0**-power for power in range(7) for sign in (1, -1)], dtype=torch.float32, device="cpu"
+    )
+    order = torch.randperm(len(book), generator=generator, device="cpu")
+    drawn = torch.randint(len(book), (max(0, samples - len(book)),), generator=generator, device="cpu")
     return book[torch.cat([order, drawn])[:samples]]
 
 
@@ -93,7 +95,7 @@ def row_values(gradient: Tensor, features: int) -> tuple[Tensor, Tensor]:
     flat = gradient.unsqueeze(-1) if features == 0 else gradient.flatten(gradient.dim() - features)
     wide = flat if flat.dtype is torch.float64 else flat.float()
     generator = torch.Generator().manual_seed(flat.shape[-1])
-    signs = torch.randint(0, 2, (flat.shape[-1], PROJECTIONS), generator=generator) * 2 - 1
+    signs = torch.randint(0, 2, (flat.shape[-1], PROJECTIONS), generator=generator, device="cpu") * 2 - 1
     return wide @ signs.to(wide.device, wide.dtype), torch.linalg.vector_norm(wide, dim=-1)
 
 

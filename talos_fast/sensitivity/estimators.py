@@ -73,12 +73,12 @@ class Draws:
 
     def signs(self, width: int) -> Tensor:
         """±1, (N, width), fp32."""
-        bits = [torch.randint(0, 2, (width,), generator=generator) for generator in self._generators()]
+        bits = [torch.randint(0, 2, (width,), generator=generator, device="cpu") for generator in self._generators()]
         return torch.stack(bits).mul_(2).sub_(1).float()
 
     def uniform(self) -> Tensor:
         """Uniform in [0, 1), (N, 1), fp64."""
-        return torch.stack([torch.rand(1, dtype=torch.float64, generator=g) for g in self._generators()])
+        return torch.stack([torch.rand(1, dtype=torch.float64, generator=g, device="cpu") for g in self._generators()])
 
 
 def _mix(*numbers: int) -> int:

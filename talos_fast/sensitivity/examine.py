@@ -54,7 +54,7 @@ class Sketch(NamedTuple):
 
 
 def _random(size: int, like: Tensor) -> Tensor:
-    vector = torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64) + 0.5
+    vector = torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64, device="cpu") + 0.5
     return vector.to(like.device, like.dtype)
 
 

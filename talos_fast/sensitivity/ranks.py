@@ -34,11 +34,11 @@ class Ranks:
 
     def total(self, count: int) -> int:
         """The sum of a count over the ranks."""
-        return int(self._reduce(torch.tensor(count), dist.ReduceOp.SUM))
+        return int(self._reduce(torch.tensor(count, device="cpu"), dist.ReduceOp.SUM))
 
     def most(self, count: int) -> int:
         """The largest of a count over the ranks."""
-        return int(self._reduce(torch.tensor(count), dist.ReduceOp.MAX))
+        return int(self._reduce(torch.tensor(count, device="cpu"), dist.ReduceOp.MAX))
 
     def agree(self, number: int) -> bool:
         """Whether a number is the same on all ranks."""
@@ -69,7 +69,7 @@ class Ranks:
         except (Exception, KeyboardInterrupt) as error:
             failure = error
         mine = 0 if failure is None else 1 if isinstance(failure, KeyboardInterrupt) else 2
-        worst = int(self._reduce(torch.tensor(mine), dist.ReduceOp.MAX))
+        worst = int(self._reduce(torch.tensor(mine, device="cpu"), dist.ReduceOp.MAX))
         if failure is not None:
             raise failure
         if worst == 2:

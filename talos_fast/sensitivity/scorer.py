@@ -171,6 +171,6 @@ class Scorer:
 def wanted_rows(kept: Tensor) -> Tensor | None:
     """Indices, on the CPU, of the rows of a bool tensor that hold a True entry; None if all do, or for vectors."""
     if kept.dim() < 2:
-        return None if bool(kept.any()) else torch.zeros(0, dtype=torch.int64)
+        return None if bool(kept.any()) else torch.zeros(0, dtype=torch.int64, device="cpu")
     alive = kept.flatten(1).any(1)
     return None if bool(alive.all()) else alive.nonzero()[:, 0].cpu()

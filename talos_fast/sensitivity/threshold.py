@@ -98,7 +98,7 @@ def _chunks(score: Tensor) -> Iterator[Tensor]:
 def _threshold(
     scores: Mapping[str, Tensor], k: int, group: dist.ProcessGroup | None, from_top: bool = False
 ) -> _Threshold:
-    prefix, below, total, own, rank = 0, 0, 0, torch.empty(0), k
+    prefix, below, total, own, rank = 0, 0, 0, torch.empty(0, device="cpu"), k
     for digit, bits in enumerate(DIGITS):
         own = _histogram(scores, digit, prefix)
         counts = _sum_over_ranks(own, group)
@@ -114,7 +114,7 @@ def _threshold(
         tied, own_tied = int(counts[value]), int(own[value])
         below += int(cumulative[value]) - tied
         prefix = prefix << bits | value
-    threshold = torch.tensor([prefix], dtype=torch.int32).view(torch.float32)
+    threshold = torch.tensor([prefix], dtype=torch.int32, device="cpu").view(torch.float32)
     return _Threshold(float(threshold), total, below, tied, own_tied)
 
 
@@ -126,7 +126,7 @@ def _histogram(scores: Mapping[str, Tensor], digit: int, prefix: int) -> Tensor:
         whole = score.dtype is torch.float32 and score.is_contiguous()
         for values in [score.detach()] if whole else _chunks(score):
             torch.ops.talos_fast.radix_histogram_(counts[score.device], values, digit, prefix)
-    return sum((own.cpu() for own in counts.values()), start=torch.zeros(COUNTS, dtype=torch.int64))
+    return sum((own.cpu() for own in counts.values()), start=torch.zeros(COUNTS, dtype=torch.int64, device="cpu"))
 
 
 def _what_is_invalid(scores: Mapping[str, Tensor]) -> str:

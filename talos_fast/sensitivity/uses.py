@@ -110,7 +110,7 @@ class Accumulator:
         count = grads.shape[2]
         if self.rows is not None:
             start = first // ins
-            begin, end = torch.searchsorted(self.rows, torch.tensor([start, start + count])).tolist()
+            begin, end = torch.searchsorted(self.rows, torch.tensor([start, start + count], device="cpu")).tolist()
             if end - begin < count:
                 count = end - begin
                 # Tokens 16 bytes apart, or multiples of it, even in 16 bits: CUDA copies those as they are, others
