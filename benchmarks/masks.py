@@ -26,7 +26,7 @@ from talos_fast import models, tasks
 from talos_fast.forward import default_forward
 from talos_fast.models import Backbone
 from talos_fast.storage import write_json
-from talos_fast.structure import KINDS, density_by_kind, density_by_part, parts
+from talos_fast.structure import KINDS, OUTSIDE, density_by_kind, density_by_part, parts
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("TALOS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -100,7 +100,7 @@ def draw(masks: dict[str, talos.Mask], pairs: list[dict[str, Any]], path: Path, 
     names = list(masks)
     figure = Figure(figsize=(15, 1.8 + 0.42 * len(names)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1, 1.1))
-    layers = sorted({layer for layer, _ in density_by_part(masks[names[0]]) if layer >= 0})
+    layers = list(dict.fromkeys(layer for layer, _ in density_by_part(masks[names[0]]) if layer != OUTSIDE))
     cells = np.array([[density_by_part(mask)[layer, kind].density for kind in ("query", "key") for layer in layers]
                       for mask in masks.values()])  # fmt: skip
     shown = [kind for kind in KINDS if kind in density_by_kind(masks[names[0]])]

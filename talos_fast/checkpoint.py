@@ -47,6 +47,7 @@ class Progress:
         step_random: those after the last step.
         data: `batch_digest` of the epoch's first batch; empty without a checkpoint.
         loss: of the last batch, shape ().
+        seconds: of training so far, interruptions left out.
     """
 
     position: Position
@@ -54,6 +55,7 @@ class Progress:
     step_random: dict[str, Tensor]
     data: str
     loss: Tensor
+    seconds: float = 0.0
 
 
 def require_same_run(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -116,7 +118,7 @@ class Checkpoint:
         tensors |= {f"step_random.{key}": value for key, value in progress.step_random.items()}
         content = {
             "identity": self._identity, "position": asdict(progress.position), "data": progress.data,
-            "loss": float(progress.loss),
+            "loss": float(progress.loss), "seconds": progress.seconds,
         }  # fmt: skip
         storage.write(self.path, "checkpoint", tensors, content)
 
@@ -141,5 +143,6 @@ class Checkpoint:
         progress = Progress(
             Position(**content["position"]), parts["epoch_random"], parts["step_random"],
             content.get("data", ""), torch.tensor(content.get("loss", math.nan)),
+            content.get("seconds", 0.0),
         )  # fmt: skip
         return Saved(progress, parts["parameter"], moments)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from talos_fast.along import movable
+from talos_fast.edit import require_finite
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batches, Forward, checked_logits, default_forward, device_of, to_device
 from talos_fast.linear import Linearized
@@ -75,6 +76,7 @@ def evaluate_along(
     Raises:
         TalosError: as `evaluate`, or the vector does not fit the model.
     """
+    require_finite(alphas)
     module, edit = movable(model, vector)
     if isinstance(edit, Linearized):
         return _along_line(edit, batches, alphas, forward or default_forward)
@@ -92,6 +94,7 @@ def _along_line(line: Linearized, batches: Batches, alphas: Sequence[float], for
     device, total = device_of(line), 0
     coefficients = torch.tensor(alphas, dtype=torch.float64, device=device).view(-1, 1, 1)
     correct = torch.zeros(len(alphas), dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for index, batch in enumerate(batches):
         batch, ends = to_device(batch, device), []
         for alpha in (0.0, 1.0):
@@ -100,7 +103,10 @@ def _along_line(line: Linearized, batches: Batches, alphas: Sequence[float], for
             ends.append(logits)
         path = ends[0] + coefficients.to(ends[0].dtype) * (ends[1] - ends[0])  # (A, N, K)
         correct += (path.argmax(-1) == labels).sum(-1)
+        finite &= path.isfinite().all()
         total += len(labels)
+    if not finite:
+        raise TalosError(f"alphas {list(alphas)}: the logits hold NaN or infinite entries; give smaller coefficients")
     return _accuracies(correct, total)
 
 

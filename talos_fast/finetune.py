@@ -114,7 +114,7 @@ def finetune(
     for what, recorded in (("the mask", mask), ("finetuned=", finetuned)):
         if recorded is not None and recorded.base:
             require_base(recorded.base, model, what)
-    base, start = fingerprint(model), time.perf_counter()
+    base, start, earlier = fingerprint(model), time.perf_counter(), list[float]()
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
 
     def train(setup: Setup, name: str, place: Path | None) -> Trainer:
@@ -129,6 +129,7 @@ def finetune(
             setup = compiled(setup)
         trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, checkpoint)
         trainer.run(progress)
+        earlier.append(trainer.earlier_seconds)
         return trainer
 
     def train_first(setup: Setup) -> Deltas:
@@ -142,7 +143,7 @@ def finetune(
         deltas = setup.export()
     info: dict[str, Any] = {
         **vars(recipe), "method": method, "weight_decay": weight_decay, "last_loss": trainer.last_loss,
-        "seconds": round(time.perf_counter() - start, 3), "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - start + sum(earlier), 3), "torch": torch.__version__,
         "mask": None if setup.mask is None else setup.mask.info, **setup.info,
     }  # fmt: skip
     return TaskVector.from_deltas(deltas, base=base, info=info)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from talos_fast.errors import TalosError, brief
 
@@ -127,18 +127,19 @@ def usable_device(device: torch.device | str, what: str) -> torch.device:
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """The batch with ``function`` of every tensor in it, in order; mappings of any type, such as BatchEncoding, too."""
+    return _map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch, lambda node: False)
 
+
+def _map_leaves(function: Callable[[Any], Any], batch: Batch, is_leaf: Callable[[Any], bool]) -> Batch:
     def apply(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
         if not isinstance(leaf, Mapping):
-            return leaf
+            return function(leaf)
         mapped = copy(leaf) if isinstance(leaf, MutableMapping) else dict(leaf)
         for key, value in leaf.items():
-            mapped[key] = map_tensors(function, value)
+            mapped[key] = _map_leaves(function, value, is_leaf)
         return mapped
 
-    return tree_map(apply, batch, is_leaf=lambda node: isinstance(node, Mapping))
+    return tree_map(apply, batch, is_leaf=lambda node: isinstance(node, Mapping) or is_leaf(node))
 
 
 def differentiable(batch: Batch) -> Batch:
@@ -152,12 +153,25 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def take(batch: Batch, start: int, stop: int, size: int) -> Batch:
-    """Samples start … stop - 1 of a batch of ``size``: slices every tensor whose first dimension is ``size``."""
+    """Samples start … stop - 1 of a batch of ``size``.
 
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.dim() and tensor.shape[0] == size else tensor
+    Slices every tensor whose first dimension is ``size``, and every list or tuple of as many things without a tensor
+    that are no numbers, such as texts.
+    """
 
-    return map_tensors(rows, batch)
+    def is_column(node: Any) -> bool:
+        return (
+            type(node) in (list, tuple)
+            and len(node) == size
+            and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(node))
+            and not all(isinstance(one, int | float) for one in node)
+        )
+
+    def rows(leaf: Any) -> Any:
+        is_rows = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size
+        return leaf[start:stop] if is_rows or isinstance(leaf, list | tuple) else leaf
+
+    return _map_leaves(rows, batch, is_column)
 
 
 def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:
@@ -175,7 +189,8 @@ def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> t
     if logits.dim() != 2 or logits.shape[0] != len(labels):
         raise TalosError(
             f"{where}: forward gave logits of shape {tuple(logits.shape)} for {len(labels)} labels; expected (N, K). "
-            "Batches are cut along the first dimension of their tensors: samples come first, forward= may transpose"
+            "Batches are cut along the first dimension of their tensors, and lists of as many texts: samples come "
+            "first, forward= may transpose"
         )
     return logits, labels
 

@@ -83,8 +83,7 @@ def interference(
     Example:
         >>> print(talos.interference({"cars": cars, "dtd": dtd}))
     """
-    require_several(vectors)
-    chosen = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
+    chosen = require_several(vectors.values() if isinstance(vectors, Mapping) else vectors)
     if isinstance(vectors, Mapping):
         names = names or list(vectors)
     if names is None:

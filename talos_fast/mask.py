@@ -30,6 +30,8 @@ def resolve_density(density: float | None, sparsity: float | None = None) -> flo
         density = float(1 - exact)  # 0.1 of 0.9, not 0.09999999999999998
     value = 0.1 if density is None else float(density)
     if not 0.0 < value <= 1.0:
+        if sparsity is not None:
+            raise TalosError(f"sparsity={sparsity}: the fraction of entries that stays must be in [0, 1)")
         raise TalosError(f"density={value}: the fraction of entries that trains must be in (0, 1]")
     return value
 

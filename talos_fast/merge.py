@@ -51,13 +51,17 @@ def merge(
         TalosError: no vector, another base, unknown names or shapes, an unknown method or option, or ``inplace`` with
             vectors of linearized fine-tuning; nothing is written then.
     """
+    try:
+        coefficient = float(alpha)
+    except (TypeError, ValueError) as error:
+        raise TalosError(f"alpha={alpha!r}: give a number; search_alpha finds one") from error
     vector = combine(_named(base, vectors), weights, method, **options)
     if check_base:
         require_base(vector.base, base, "the task vector")
     if inplace:
         require_parameters(vector, "inplace=True")
     model, edit = movable(base if inplace else copy.deepcopy(base), vector)
-    edit.move(alpha)
+    edit.move(coefficient)
     return model
 
 
@@ -70,6 +74,7 @@ def search_alpha(
     control_floor: float = 0.95,
     grid: Sequence[float] | None = None,
     method: str = "task_arithmetic",
+    check_base: bool = True,
     **options: Any,
 ) -> AlphaSearch:
     """Finds α for θ0 + α Σ_t τ_t on validation data; ``base`` is edited meanwhile and left bit-identical.
@@ -91,6 +96,7 @@ def search_alpha(
         control_floor: fraction of the control accuracy to keep.
         grid: the α to try; default 0, 0.05, …, 1.
         method: how the vectors become one, as in `merge`; α scales the result.
+        check_base: refuse a model that is not the vectors' base.
         **options: of the method.
 
     Raises:
@@ -99,7 +105,9 @@ def search_alpha(
     """
     evaluators = [evaluate] if callable(evaluate) else list(evaluate)
     alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
-    require_several(vectors)
+    if not 0 <= control_floor <= 1:
+        raise TalosError(f"control_floor={control_floor}: give a fraction of the control accuracy, 0 to 1")
+    vectors = require_several(vectors)
     for evaluator in (*evaluators, *(() if control is None else (control,))):
         if not callable(evaluator):
             raise TalosError(
@@ -112,7 +120,8 @@ def search_alpha(
         raise TalosError("the grid is empty; give at least one alpha")
     vectors = _named(base, vectors)
     vector = combine(vectors, None, method, **options)
-    require_base(vector.base, base, "the task vector")
+    if check_base:
+        require_base(vector.base, base, "the task vector")
     untouched = None if control is None else float(control(base))
     if control is None:
         references = tuple(
@@ -134,7 +143,7 @@ def search_alpha(
 
 def _named(base: nn.Module, vectors: Sequence[TaskVector]) -> list[TaskVector]:
     """The vectors with each parameter by its first name, so that they meet before they are combined."""
-    require_several(vectors)
+    vectors = require_several(vectors)
     deltas = [by_first_names(base, vector.deltas) for vector in vectors]
     return [TaskVector.from_deltas(d, base=v.base, info=v.info) for d, v in zip(deltas, vectors, strict=True)]
 

@@ -1,8 +1,8 @@
 """`SparseVector`: for each parameter name, the entries that moved and by how much; the algebra of task vectors."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Fingerprint, base_numel, join
 from talos_fast.indexing import gather
 from talos_fast.mask import Mask
+
+V = TypeVar("V", bound="SparseVector")
 
 
 class SparseVector:
@@ -163,14 +165,22 @@ class SparseVector:
         return sum(delta.nbytes for delta in self.deltas.values())
 
 
-def require_several(vectors: object) -> None:
-    """Refuses one vector where several are taken: it is a collection too, of its tensors.
+def require_several(vectors: Iterable[V]) -> list[V]:
+    """The vectors as a list; refuses one where several are taken: it is a collection too, of its tensors.
 
     Raises:
-        TalosError: it is one vector.
+        TalosError: it is one vector, or something else is among them.
     """
     if isinstance(vectors, SparseVector):
         raise TalosError("vectors: found one task vector; give a list, such as [vector]")
+    chosen = list(vectors)
+    for vector in chosen:
+        if not isinstance(vector, SparseVector):
+            raise TalosError(
+                f"vectors: found {vector!r:.40}, a {type(vector).__name__}; give task vectors, such as "
+                "TaskVector.from_pretrained(path)"
+            )
+    return chosen
 
 
 def common(vectors: Sequence[SparseVector]) -> tuple[Fingerprint, dict[str, Any]]:

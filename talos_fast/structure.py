@@ -1,10 +1,13 @@
 """What the entries of a mask or vector are: queries, keys, values, …, and in which layer; told from parameter names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+OUTSIDE = "outside"
+"""The layer of what is in no block."""
 
 KINDS = ("query", "key", "value", "attention output", "mlp", "convolution", "norm", "bias", "other")
 
@@ -54,8 +57,7 @@ def parts(name: str, shape: tuple[int, ...]) -> list[Part]:
     and the kind is "other".
     """
     kinds = next((kinds for pattern, kinds in _PATTERNS if re.search(pattern, name)), ("other",))
-    numbers = re.findall(r"(?:\.|_layer_)(\d+)\.", f".{name}")
-    layer = int(numbers[0]) if numbers else -1
+    layer = _place(name)[1]
     by_shape = name.endswith("c_attn.weight") and len(shape) == 2
     dim = int(name.endswith("q_attn.weight") or (by_shape and shape[1] > shape[0]))
     if len(kinds) == 1:
@@ -66,6 +68,36 @@ def parts(name: str, shape: tuple[int, ...]) -> list[Part]:
     if len(shape) == 1:
         kinds = ("bias",) * len(kinds)
     return [Part(kind, layer, slice(n * share, (n + 1) * share), dim) for n, kind in enumerate(kinds)]
+
+
+def _place(name: str) -> tuple[str, int]:
+    """The stack of blocks that a parameter is in, by its name, and the number of the block; ("", -1) outside."""
+    found = re.search(r"(?:\.|_layer_)(\d+)\.", f".{name}")
+    return (f".{name}"[1 : found.start()], int(found[1])) if found else ("", -1)
+
+
+def layers_of(names: Iterable[str]) -> dict[str, str]:
+    """Parameter name -> its layer: the number of its block, with its stack's name where several have that number.
+
+    The layers are in order: what is outside, then the stacks as they come, each block by block.
+    """
+    places = {name: _place(name) for name in names}
+    stacks = list(dict.fromkeys(stack for stack, number in places.values() if number >= 0))
+    numbers = [number for _, number in set(places.values()) if number >= 0]
+    called = _shortened(stacks) if len(set(numbers)) < len(numbers) else dict.fromkeys(stacks, "")
+    order = {stack: position for position, stack in enumerate(["", *stacks])}
+    ordered = sorted(places.items(), key=lambda item: (item[1][1] >= 0, order[item[1][0]], item[1][1]))
+    return {name: OUTSIDE if n < 0 else f"{called[stack]} {n}".strip() for name, (stack, n) in ordered}
+
+
+def _shortened(stacks: Sequence[str]) -> dict[str, str]:
+    """The names of stacks without what they all begin and end with."""
+    short = [stack.split(".") for stack in stacks]
+    for end in (0, -1):
+        while all(short) and len({words[end] for words in short}) == 1:
+            for words in short:
+                words.pop(end)
+    return {stack: ".".join(words) for stack, words in zip(stacks, short, strict=True)}
 
 
 @dataclass
@@ -86,13 +118,15 @@ class Count:
         self.total += mask.numel()
 
 
-def density_by_part(masks: Mapping[str, Tensor]) -> dict[tuple[int, str], Count]:
-    """(layer, kind) -> how many entries are selected, in the order of layers and of `KINDS`."""
-    counts: dict[tuple[int, str], Count] = {}
-    for name, mask in masks.items():
-        for part in parts(name, tuple(mask.shape)):
-            counts.setdefault((part.layer, part.kind), Count()).add(part.of(mask))
-    return dict(sorted(counts.items(), key=lambda item: (item[0][0], KINDS.index(item[0][1]))))
+def density_by_part(masks: Mapping[str, Tensor]) -> dict[tuple[str, str], Count]:
+    """(layer, kind) -> how many entries are selected, in the order of layers (see `layers_of`) and of `KINDS`."""
+    counts: dict[tuple[str, str], Count] = {}
+    layers = layers_of(masks)
+    for name, layer in layers.items():
+        for part in parts(name, tuple(masks[name].shape)):
+            counts.setdefault((layer, part.kind), Count()).add(part.of(masks[name]))
+    order = list(dict.fromkeys(layers.values()))
+    return dict(sorted(counts.items(), key=lambda item: (order.index(item[0][0]), KINDS.index(item[0][1]))))
 
 
 def density_by_kind(masks: Mapping[str, Tensor]) -> dict[str, Count]:

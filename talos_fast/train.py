@@ -72,7 +72,11 @@ def train_mode(model: nn.Module) -> None:
 
 
 class Trainer:
-    """Runs a `Setup` through a `Recipe`; stops on a step boundary when interrupted, and goes on from a checkpoint."""
+    """Runs a `Setup` through a `Recipe`; stops on a step boundary when interrupted, and goes on from a checkpoint.
+
+    Attributes:
+        earlier_seconds: that the run took before it was interrupted.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,10 @@ class Trainer:
         self._reached: deque[Progress] = deque()  # after updates of which it is not yet known whether they were good
         self._good = 0
         self._data = ""
+        self.earlier_seconds, self._start = 0.0, time.perf_counter()
+
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self._start
 
     @property
     def last_loss(self) -> float:
@@ -180,7 +188,9 @@ class Trainer:
             self._step.update(self._recipe.lr_at(position.step - 1))
             self._step.release()
             self._reached.append(
-                Progress(position, self._epoch_random, self._random.get(), self._data, self._step.last_loss)
+                Progress(
+                    position, self._epoch_random, self._random.get(), self._data, self._step.last_loss, self._seconds()
+                )
             )
         self._advance()
 
@@ -207,7 +217,7 @@ class Trainer:
         if found == self._data:  # batches that are never twice the same cannot be told from others
             require_same_run(self._checkpoint.path, {"data": known}, {"data": found})
         saved.restore(self._setup.trained, self._setup.optimizer)
-        self._progress = saved.progress
+        self._progress, self.earlier_seconds = saved.progress, saved.progress.seconds
         return iterator
 
     def _save(self) -> None:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import text_task, write_bert
 
 from talos_fast import Mask, TaskVector
@@ -94,6 +94,10 @@ def test_the_verbs_in_a_row(run, place):
     made(run, f"merge {model} {ties} --out trimmed")
     merged = json.loads((place / "trimmed" / "merge.json").read_text())
     assert (merged["method"], merged["options"]) == ("ties", {"density": 0.5, "scope": "per_tensor"})
+    swapped = "--add more.vector --add words.vector"
+    code, _, err = run(f"merge {model} {swapped} --alpha search {tasks} --out wrong")
+    assert code == 2 and "--data: words, more, but the vectors are of more, words" in err
+    made(run, f"merge {model} --add words.vector --method ties --option density=5e-1 --out trimmed_too")
     code, _, err = run(f"merge {model} {ties} --option lam=1")
     assert code == 2 and "no option 'lam'" in err
     out = made(run, "interference words.vector more.vector --out i.json --plot i.png")
@@ -115,6 +119,13 @@ def test_an_edit_is_a_base_like_any_other(run, place):
     made(run, f"calibrate {model} --data more.jsonl.gz --out off.safetensors")
     assert Mask.load(place / "on.safetensors") != Mask.load(place / "off.safetensors")
     made(run, f"finetune {fit} --data more.jsonl.gz --weights {edit} --out second")
+    made(run, f"finetune {fit} --data more.jsonl.gz --out plain")  # of the pre-trained model, as the edit's own is
+    made(run, f"merge {model} --onto {edit} --add plain --alpha 0.25 --out by_turns")
+    made(run, f"merge {model} --add first --add plain --weights 0.5 --weights 0.25 --out at_once")
+    by_turns, at_once = (load_file(place / out / "model.safetensors") for out in ("by_turns", "at_once"))
+    assert all(torch.allclose(by_turns[name], at_once[name], rtol=0, atol=1e-6) for name in at_once)
+    search = "--alpha search --data more.jsonl.gz --control words.jsonl.gz"
+    made(run, f"merge {model} --onto {edit} --subtract plain {search} --out forgot")
     assert TaskVector.from_pretrained(place / "second").info["encoder_weights"] == edit
     for alpha in ("--alpha 1", "--alpha search --data more.jsonl.gz"):
         made(run, f"merge {model} --onto {edit} --add second {alpha} --out both")
@@ -226,6 +237,10 @@ def test_a_config_file_gives_defaults_and_flags_win(run, place):
     ("evaluate --model tiny --data demo:shapes --alpha 0.5", "--alpha means nothing without --add"),
     ("merge --model hf:bert --add bert", "task_vector.safetensors: no such file"),
     ("inspect none", "none: no such file"),
+    ("merge --model tiny --add bert/none", "bert/none: no such folder"),
+    ("merge --model tiny --subtract alien.vector --alpha search --data demo:shapes --control demo:digits "
+     "--control-floor 95", "control_floor=95.0: give a fraction"),
+    ("calibrate --model tiny --data demo:shapes --sparsity 90", "sparsity=90.0"),
     ("finetune --model hf:bert --data words.jsonl.gz --method nonlinear --out bert", "bert: holds a model"),
     ("merge --model tiny --add alien.vector --out bert", "bert: holds a model"),
     ("evaluate --model tiny --data demo:shapes --data demo:shapes", "two tasks are called 'shapes'"),

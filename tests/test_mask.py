@@ -45,7 +45,7 @@ def test_refuses_an_unknown_choice(scores, option):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 1.0])
 def test_refuses_what_is_no_sparsity(scores, value):
-    with pytest.raises(TalosError, match="the fraction of entries that trains must be in"):
+    with pytest.raises(TalosError, match=r"sparsity=.*: the fraction of entries that stays must be in \[0, 1\)"):
         Mask.from_scores(scores, sparsity=value)
 
 

@@ -206,6 +206,27 @@ def test_what_judges_is_a_function(base):
         search_alpha(base, [vector], evaluate=[[1, 2]])
 
 
+def test_any_numbers_and_iterables_are_taken(base):
+    vectors = [TaskVector(base, tuned(base, seed)) for seed in (1, 2)]
+    expected = merge(base, vectors, alpha=0.5, weights=[0.5, 0.25]).weight
+    found = merge(base, iter(vectors), alpha=torch.tensor(0.5), weights=torch.tensor([0.5, 0.25]))
+    assert torch.equal(found.weight, expected)
+    for wrong in (["cars-vector"], {"cars": vectors[0]}):
+        with pytest.raises(TalosError, match="vectors: found '?cars"):
+            merge(base, wrong)
+    with pytest.raises(TalosError, match="alpha='search': give a number"):
+        merge(base, vectors, alpha="search")
+
+
+def test_a_search_takes_another_base_where_it_is_told_to(base):
+    vector, other = TaskVector(base, tuned(base, 1)), tuned(base, 2)
+    with pytest.raises(TalosError, match="another base"):
+        search_alpha(other, [vector], evaluate=lambda model: 1.0)
+    assert search_alpha(other, [vector], evaluate=lambda model: 1.0, check_base=False).alpha == 0.0
+    with pytest.raises(TalosError, match="control_floor=95: give a fraction"):
+        search_alpha(base, [-vector], evaluate=lambda model: 1.0, control=lambda model: 1.0, control_floor=95)
+
+
 def test_one_vector_is_no_list_of_vectors(base):
     vector = TaskVector(base, tuned(base, 1))
     for call in (

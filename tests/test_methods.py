@@ -144,6 +144,9 @@ def test_addition_of_linear_vectors_is_exact(method, tmp_path):
     found = search_alpha(base, vectors, evaluate=[lambda m: evaluate(m, batches)] * 2, grid=grid)
     assert [trial.accuracies[0] for trial in found.trials] == [float(accuracy) for accuracy in swept]
     assert (-total).linearized and (0.5 * total).linearized
+    for alpha, said in ((float("nan"), "must be a finite number"), (1e300, "give smaller coefficients")):
+        with pytest.raises(TalosError, match=said):
+            evaluate_along(base, 1e30 * total, batches, [0.0, alpha])
 
 
 def test_l_lora_is_the_expansion_of_peft_s_lora(tmp_path):

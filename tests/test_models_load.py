@@ -1,12 +1,13 @@
 """Loading by name, and what is said when that does not work."""
 
+import dataclasses
 import logging
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny_models import WordTokenizer, tiny_clip, write_bert, write_t5, write_tokenizer
+from tiny_models import WordTokenizer, text_task, tiny_clip, write_bert, write_t5, write_tokenizer
 
 from talos_fast import models
 from talos_fast.demo import masks
@@ -152,3 +153,10 @@ def test_commands_without_pillow_name_the_extra():
     for line in ("calibrate --model tiny --data demo:digits", "demo"):
         done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and "talos-fast[demo]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_classes_with_the_same_tokens_are_named(tmp_path, caplog):
+    classes = text_task("letters", 3, per_split=6)
+    twins = dataclasses.replace(classes, class_names=("unknown1", "unknown2", classes.class_names[2]))
+    models.load(f"hf:{write_bert(tmp_path)}").classifier(twins)
+    assert "cannot tell the class 'unknown2' from 'unknown1', which has the same tokens" in caplog.text

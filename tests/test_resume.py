@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -146,3 +147,17 @@ def test_the_loaders_own_generator_is_as_it_was():
     loader = DataLoader(data(), 8, shuffle=True, generator=generator)
     finetune(net(), loader, method="nonlinear", lr=1e-2, steps=7, progress=False)
     assert torch.equal(generator.get_state(), before)
+
+
+def test_the_seconds_of_an_interrupted_run_count(tmp_path):
+    options = {"method": "nonlinear", "lr": 1e-2, "steps": 6, "checkpoint_dir": tmp_path, "progress": False}
+    press = interrupting(4)
+
+    def slow(model, batch):
+        time.sleep(0.2)
+        return press(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net(), DataLoader(data(), 8), forward=slow, **options)
+    assert finetune(net(), DataLoader(data(), 8), **options).info["seconds"] > 0.8
+    assert finetune(net(), DataLoader(data(), 8), **options).info["seconds"] > 0.8

@@ -1,6 +1,7 @@
 """Models that are another in evaluation mode, or write to themselves in their forward; modes of torch around them."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -195,3 +196,31 @@ def test_one_sample_behind_a_batch_norm():
     labels = [label for _, label in alone]
     found = sensitivities(model, alone, labels=labels, estimator="sampled-logit", include=["*"])
     assert_equal(found, whole)
+
+
+def test_threads_that_score_at_once_leave_the_process_as_it_was():
+    """What is switched off is the process's. The second began within the first and ended after it: it kept it off."""
+    plain = torch.utils.checkpoint.CheckpointFunction.apply
+    first_in, second_in = threading.Event(), threading.Event()
+
+    class Waiting(nn.Linear):
+        def __init__(self, then) -> None:
+            super().__init__(4, 3)
+            self.then = then
+
+        def forward(self, x):
+            self.then()
+            return super().forward(x)
+
+    def run(then) -> None:
+        sensitivities(Waiting(then), [(torch.randn(5, 4), torch.arange(5) % 3)])
+
+    first = threading.Thread(target=run, args=(lambda: first_in.set() or second_in.wait(0.5),))
+    second = threading.Thread(target=run, args=(lambda: second_in.set() or first.join(0.5),))
+    first.start()
+    assert first_in.wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert torch.utils.checkpoint.CheckpointFunction.apply == plain
+    assert torch.backends.mha.get_fastpath_enabled() and torch._dynamo.eval_frame._stance.stance == "default"

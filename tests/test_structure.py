@@ -7,7 +7,7 @@ import torch
 
 from talos_fast import TalosError
 from talos_fast.plots import plot_mask
-from talos_fast.structure import density_by_kind, density_by_part, parts
+from talos_fast.structure import density_by_kind, density_by_part, layers_of, parts
 
 
 @pytest.mark.parametrize("name, shape, kinds", [
@@ -90,11 +90,25 @@ def masks() -> dict[str, torch.Tensor]:
 
 def test_densities_split_fused_projections():
     found = {key: count.density for key, count in density_by_part(masks()).items()}
-    assert found == {(-1, "convolution"): 1.0, (0, "query"): 1.0, (0, "key"): 0.5, (0, "value"): 0.0,
-                     (1, "query"): 1.0, (1, "key"): 0.5, (1, "value"): 0.0}  # fmt: skip
+    assert found == {("outside", "convolution"): 1.0, ("0", "query"): 1.0, ("0", "key"): 0.5, ("0", "value"): 0.0,
+                     ("1", "query"): 1.0, ("1", "key"): 0.5, ("1", "value"): 0.0}  # fmt: skip
     kinds = density_by_kind(masks())
     assert list(kinds) == ["query", "key", "value", "convolution"]
     assert (kinds["key"].selected, kinds["key"].total) == (8, 16)
+
+
+@pytest.mark.parametrize(("names", "layers"), [
+    (["t.encoder.block.{}.a.weight", "t.decoder.block.{}.b.weight", "t.shared.weight"],
+     ["outside", "encoder 0", "encoder 1", "encoder 10", "decoder 0", "decoder 1", "decoder 10"]),
+    (["transformer.resblocks.{}.a", "visual.transformer.resblocks.{}.a"],
+     ["0", "1", "10", "visual 0", "visual 1", "visual 10"]),
+    (["blocks.{}.a", "head.bias"], ["outside", "0", "1", "10"]),
+    (["{}.weight"], ["0", "1", "10"]),
+])  # fmt: skip
+def test_blocks_of_two_stacks_with_one_number_are_two_layers(names, layers):
+    found = layers_of([name.format(n) for name in names for n in (0, 10, 1)])
+    assert list(dict.fromkeys(found.values())) == layers
+    assert found.keys() == {name.format(n) for name in names for n in (0, 10, 1)}
 
 
 def test_plots_are_pictures(tmp_path):

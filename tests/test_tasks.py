@@ -135,6 +135,28 @@ def test_damaged_files_are_named(tmp_path):
         tasks.load(archive)
 
 
+def test_names_that_are_those_of_the_folders_go_with_their_folder(tmp_path):
+    """Folders are sorted as texts, so a list in any other order would name each class after another one."""
+    folder = write_folder(tmp_path / "pets", {"train": 4, "test": 2})
+    (tmp_path / "classes.txt").write_text("dog\na cat\n")
+    assert tasks.load(folder).class_names == ("a cat", "dog")
+    assert tasks.load(folder, class_names=["dog", "a_cat"]).class_names == ("a_cat", "dog")
+    assert tasks.load(folder, class_names=["hound", "tabby"]).class_names == ("hound", "tabby")
+
+
+def test_npz_splits_by_other_names_and_by_halves(tmp_path):
+    path = write_npz(tmp_path / "x.npz", keys=("train", "validation", "test"))
+    assert len(tasks.load(path, class_names=["a", "b"]).validation) == 20
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays, x_val=arrays["x_test"], y_val=arrays["y_test"])
+    with pytest.raises(TalosError, match="val and validation are both names of validation; keep one"):
+        tasks.load(path, class_names=["a", "b"])
+    del arrays["y_validation"]
+    np.savez(path, **arrays)
+    with pytest.raises(TalosError, match="found only one of x_validation and y_validation; give both, or none"):
+        tasks.load(path, class_names=["a", "b"])
+
+
 def test_foreign_npz(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, images=np.zeros(3))

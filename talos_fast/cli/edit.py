@@ -40,7 +40,10 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors and merge.json.")] = Path("merged"),
     add: Add = None,
     subtract: Subtract = None,
-    onto: o.Weights = None,
+    onto: Annotated[
+        Path | None,
+        typer.Option(help="Encoder weights that merge wrote; for vectors of the pre-trained model, or of that edit."),
+    ] = None,
     alpha: Annotated[str, typer.Option(help="Coefficient of the sum, or 'search'.")] = "1.0",
     weights: Annotated[list[float] | None, typer.Option(help="One per vector: of --add, then of --subtract.")] = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "task_arithmetic",
@@ -69,15 +72,20 @@ def merge(
     backbone, report = run.backbone(), dict[str, Any]()
     if coefficient is None:
         floor = {} if control_floor is None else {"control_floor": control_floor}
-        base, found = _search(backbone, onto, vectors, tasks, controls, batch_size, method=method, **floor, **options)
+        _require_order(vectors, tasks)
+        base, found, check_base = _search(
+            backbone, onto, vectors, tasks, controls, batch_size, method=method, **floor, **options
+        )
         coefficient, report = found.alpha, {"search": found.to_json()}
         typer.echo(f"alpha {found.alpha:g}: {found.why}")
         for line in found.lines([task.name for task in tasks]):
             typer.echo(f"  {line}")
     else:
         base = Classifier(backbone.encoder, nn.Identity())
-        o.load_weights(base, onto)
-    edited = talos.merge(base, vectors, alpha=coefficient, weights=weights, method=method, inplace=True, **options)
+        check_base = _load_edit(base, onto, vectors)
+    edited = talos.merge(
+        base, vectors, alpha=coefficient, weights=weights, method=method, inplace=True, check_base=check_base, **options
+    )
     assert isinstance(edited, Classifier)
     with storage.atomic(out / "model.safetensors") as temporary:
         save_file({name: t.contiguous().clone() for name, t in edited.encoder.state_dict().items()}, temporary)
@@ -141,11 +149,19 @@ def _options(method: str, given: list[str]) -> dict[str, Any]:
         if not (name and equals):
             raise TalosError(f"--option {item}: give NAME=VALUE, such as density=0.2")
         try:
-            found[name.replace("-", "_")] = yaml.safe_load(value)
+            found[name.replace("-", "_")] = _number(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise TalosError(f"--option {item}: {value!r} is neither a number nor a word") from error
     check_options(method, found)
     return found
+
+
+def _number(value: Any) -> Any:
+    """What YAML took for a word but is a number, such as 1e-1."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _coefficient(
@@ -168,13 +184,22 @@ def _require_one_goal(add: list[Path] | None, subtract: list[Path] | None, contr
     """Refuses a search that would raise what is to be forgotten, or lower what is to be learned."""
     if add and subtract:
         raise TalosError(
-            "--alpha search has one goal: give --add alone, or --subtract with --control; one after the other, the "
-            "second with --onto"
+            "--alpha search has one goal: give --add alone, or --subtract with --control; for both merge twice, the "
+            "second time with --onto what the first wrote"
         )
     if subtract and control is None:
         raise TalosError("--alpha search of --subtract needs --control, a task that must not get worse")
     if add and control is not None:
         raise TalosError("--control goes with --subtract; --alpha search of --add has none")
+
+
+def _require_order(vectors: list[talos.TaskVector], tasks: list[Task]) -> None:
+    """Refuses tasks in another order than the vectors that were trained on them."""
+    trained, given = [str(vector.info.get("task", "")) for vector in vectors], [task.name for task in tasks]
+    if trained != given and sorted(trained) == sorted(given):
+        raise TalosError(
+            f"--data: {', '.join(given)}, but the vectors are of {', '.join(trained)}; give the same order"
+        )
 
 
 def _search(
@@ -185,7 +210,7 @@ def _search(
     controls: list[Task],
     size: int,
     **options: Any,
-) -> tuple[Classifier, talos.AlphaSearch]:
+) -> tuple[Classifier, talos.AlphaSearch, bool]:
     def evaluator(task: Task) -> tuple[Classifier, Evaluate]:
         classifier = backbone.classifier(task)
         batches = backbone.batches(task.validation, batch_size=size)
@@ -194,6 +219,21 @@ def _search(
     made = [evaluator(task) for task in tasks]
     control = evaluator(controls[0])[1] if controls else None
     base = made[0][0]
+    check_base = _load_edit(base, onto, vectors)
+    found = talos.search_alpha(
+        base, vectors, evaluate=[evaluate for _, evaluate in made], control=control, check_base=check_base, **options
+    )
+    return base, found, check_base
+
+
+def _load_edit(base: Classifier, onto: Path | None, vectors: list[talos.TaskVector]) -> bool:
+    """Loads --onto; whether the vectors must be of that edit: they may also be of the model before it, as in a sum."""
+    try:
+        for vector in vectors:
+            require_base(vector.base, base, "the task vector")
+    except TalosError:
+        of_pretrained = False
+    else:
+        of_pretrained = True
     o.load_weights(base, onto)
-    found = talos.search_alpha(base, vectors, evaluate=[evaluate for _, evaluate in made], control=control, **options)
-    return base, found
+    return onto is None or not of_pretrained

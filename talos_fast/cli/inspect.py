@@ -46,9 +46,9 @@ def inspect(
     of_vector = isinstance(thing, TaskVector)  # which knows nothing of tensors that it leaves alone
     title = "fraction that moved, of the tensors that moved" if of_vector else "fraction that trains"
     table = Table("layer", *kinds, title=title)
-    for layer in sorted({layer for layer, _ in counts}):
+    for layer in dict.fromkeys(layer for layer, _ in counts):
         cells = [f"{counts[layer, kind].density:.3f}" if (layer, kind) in counts else "" for kind in kinds]
-        table.add_row("outside" if layer < 0 else str(layer), *cells)
+        table.add_row(layer, *cells)
     show(table)
     if plot is not None:
         plot_mask(mask, plot, title=str(path))

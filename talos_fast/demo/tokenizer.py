@@ -50,7 +50,8 @@ class WordTokenizer:
         if unknown:
             raise TalosError(
                 f"text {text!r}: the demo's tiny CLIP does not know {unknown}; use its {len(self.words)} words "
-                f"({', '.join(self.words[:8])}, ...), or a real model such as ViT-B-32 for texts of your own"
+                f"({', '.join(self.words[:8])}, ...) in class names and prompt templates (in datasets.json), or a real "
+                "model such as ViT-B-32 for texts of your own"
             )
         if len(words) > self.context_length - 2:
             raise TalosError(f"text {text!r}: found {len(words)} words; give at most {self.context_length - 2}")

@@ -77,7 +77,7 @@ def combine(
             unknown method, or an option that the method does not have or refuses.
     """
     check_options(method, options)
-    require_several(vectors)
+    vectors = require_several(vectors)
     if not vectors:
         raise TalosError("there is no task vector to merge; pass at least one")
     if weights is not None and len(weights) != len(vectors):

@@ -1,5 +1,6 @@
 """What every model offers: a shared encoder, frozen heads, and batches."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 from talos_fast.arguments import checked_seed
 from talos_fast.errors import TalosError
 from talos_fast.tasks.base import Inputs, Modality, Split, Task
+
+logger = logging.getLogger("talos_fast")
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
 
@@ -125,6 +128,18 @@ class Backbone(ABC):
 
     def _device(self) -> torch.device:
         return next(self.encoder.parameters()).device
+
+
+def warn_of_twins(task: Task, ids: Tensor, model: str) -> None:
+    """Says which class names have the same tokens, (K, T): their logits are the same whatever is trained."""
+    seen: dict[tuple[int, ...], str] = {}
+    for name, row in zip(task.class_names, ids.tolist(), strict=True):
+        twin = seen.setdefault(tuple(row), name)
+        if twin is not name:
+            logger.warning(
+                "task %r: %s cannot tell the class %r from %r, which has the same tokens; rename one", task.name, model,
+                name, twin,
+            )  # fmt: skip
 
 
 def fill(templates: Sequence[str], class_names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from talos_fast.errors import TalosError, needs
-from talos_fast.models.base import Backbone, Classifier, fill
+from talos_fast.models.base import Backbone, Classifier, fill, warn_of_twins
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.text import check_texts, from_pretrained, tokenize
 from talos_fast.restoring import restoring_modes
@@ -87,6 +87,7 @@ class EncoderBackbone(Backbone):
             raise TalosError(
                 f"task {task.name!r}: its answers differ from example to example; use a T5, not {self.name}"
             )
+        warn_of_twins(task, self.prepare(list(task.class_names))["input_ids"], self.name)
         head = CosineHead(self._class_embeddings(task), SCALE)
         return TextClassifier(self.encoder, head, self.pooling).eval()
 

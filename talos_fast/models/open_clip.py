@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from talos_fast.errors import TalosError, brief
-from talos_fast.models.base import Backbone, Classifier
+from talos_fast.models.base import Backbone, Classifier, warn_of_twins
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.images import ImagePreprocess
 from talos_fast.tasks.base import Inputs, Task
@@ -54,6 +54,7 @@ class OpenClipBackbone(Backbone):
 
         self._check_modality(task.modality)
         templates = task.templates or open_clip.OPENAI_IMAGENET_TEMPLATES
+        warn_of_twins(task, self.tokenizer(list(task.class_names)), self.name)
         # The text tower stays where it was loaded, even if a classifier moved the visual one.
         scale = self.model.logit_scale.detach()
         weight = open_clip.build_zero_shot_classifier(

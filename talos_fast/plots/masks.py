@@ -12,9 +12,9 @@ from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.plots.figure import new_figure, save
 from talos_fast.plots.matrices import draw_matrix
-from talos_fast.structure import KINDS, Count, density_by_kind, density_by_part, parts
+from talos_fast.structure import KINDS, OUTSIDE, Count, density_by_kind, density_by_part, layers_of
 
-Counts = Mapping[tuple[int, str], Count]
+Counts = Mapping[tuple[str, str], Count]
 COLUMNS = 48  # cells along the longer side of a weight's picture
 
 
@@ -44,29 +44,29 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
         axis.remove()
     _draw_density(figure, figure.add_subplot(grid[0, :]), counts)
     for axis, (name, mask) in zip(axes[1], weights.items(), strict=False):
-        _draw_weight(axis, name.partition(f".{block}.")[2] or name, mask)
-    figure.suptitle(title or f"mask structure; below: the weights of block {block}")
+        _draw_weight(axis, name.partition(f".{block.split()[-1]}.")[2] or name, mask)
+    figure.suptitle(title or f"mask structure{f'; below: the weights of block {block}' * bool(block)}")
     save(figure, path)
 
 
-def _fullest_block(masks: Mapping[str, Tensor], counts: Counts) -> tuple[int, dict[str, Tensor]]:
-    """The block with the most selected entries, -1 if there is none, and the masks of its weight matrices."""
-    selected: dict[int, int] = {}
+def _fullest_block(masks: Mapping[str, Tensor], counts: Counts) -> tuple[str, dict[str, Tensor]]:
+    """The block with the most selected entries, "" if there is none, and the masks of its weight matrices."""
+    selected: dict[str, int] = {}
     for (layer, _), count in counts.items():
-        selected[layer] = selected.get(layer, 0) + count.selected
-    block = max((layer for layer in sorted(selected) if layer >= 0), key=lambda layer: selected[layer], default=-1)
-    matrices = {name: mask for name, mask in masks.items() if block >= 0 and mask.dim() >= 2}
-    return block, {name: m for name, m in matrices.items() if parts(name, tuple(m.shape))[0].layer == block}
+        if layer != OUTSIDE:
+            selected[layer] = selected.get(layer, 0) + count.selected
+    block = max(selected, key=lambda layer: selected[layer], default="")
+    layers = layers_of(masks)
+    return block, {name: mask for name, mask in masks.items() if mask.dim() >= 2 and layers[name] == block}
 
 
 def _draw_density(figure: Any, axis: Any, counts: Counts) -> None:
-    layers = sorted({layer for layer, _ in counts})
+    layers = list(dict.fromkeys(layer for layer, _ in counts))
     kinds = [kind for kind in KINDS if any(kind == k for _, k in counts)]
     table = np.full((len(kinds), len(layers)), np.nan)
     for (layer, kind), count in counts.items():
         table[kinds.index(kind), layers.index(layer)] = count.density
-    names = ["outside" if layer < 0 else str(layer) for layer in layers]
-    draw_matrix(figure, axis, table.tolist(), kinds, names, label="fraction that trains, by layer", limits=(0, 1))
+    draw_matrix(figure, axis, table.tolist(), kinds, layers, label="fraction that trains, by layer", limits=(0, 1))
 
 
 def _draw_weight(axis: Any, name: str, mask: Tensor) -> None:

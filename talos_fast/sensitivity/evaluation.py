@@ -1,5 +1,6 @@
 """The state in which a model is scored: evaluation mode, eager, no dropout, no recomputation, nothing fused."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from talos_fast.errors import TalosError
 from talos_fast.restoring import restoring_modes
 
+_ONE_AT_A_TIME = threading.RLock()
+
 CACHE = "attention_bias_cache"
 """timm's name for it."""
 
@@ -20,23 +23,27 @@ CACHE = "attention_bias_cache"
 def scoring_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter requiring a gradient, eager execution without checkpointing; all restored.
 
+    Checkpoints and compilation are those of the whole process, so one thread scores at a time, and another that trains
+    meanwhile does without them.
+
     Raises:
         TalosError: a batch norm without running statistics, which mixes the samples in evaluation mode too.
     """
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.requires_grad_(False)
-        _refuse_batch_statistics(model)
-        # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
-        torch.backends.mha.set_fastpath_enabled(False)
-        eager, plain = torch.compiler.set_stance("force_eager"), without_checkpointing()
-        with torch.inference_mode(False), torch.enable_grad(), eager, plain, _sound(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with _ONE_AT_A_TIME:
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        try:
+            model.requires_grad_(False)
+            _refuse_batch_statistics(model)
+            # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
+            torch.backends.mha.set_fastpath_enabled(False)
+            eager, plain = torch.compiler.set_stance("force_eager"), without_checkpointing()
+            with torch.inference_mode(False), torch.enable_grad(), eager, plain, _sound(model):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -92,6 +92,9 @@ def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, S
             f"class_names: found {len(names)} names for the {len(classes)} folders of {roots['train']}; "
             "give one a folder, in the order of the sorted folder names"
         )
+    by_folder = {name.replace("_", " "): name for name in names}
+    if by_folder.keys() == {folder.replace("_", " ") for folder in classes}:  # the names themselves, in whatever order
+        names = tuple(by_folder[folder.replace("_", " ")] for folder in classes)
     found = {split: _read_class_folders(root, classes) for split, root in roots.items()}
     if empty := sorted(set(range(len(classes))) - set(found["train"].labels.tolist())):
         raise TalosError(
@@ -122,22 +125,24 @@ def _read_class_folders(root: Path, classes: list[str]) -> Split:
 
 
 def _read_npz(path: Path) -> dict[str, Split]:
-    short = {"train": "train", "val": "validation", "test": "test"}
     try:
         with np.load(path, allow_pickle=False) as file:
             # .npz is a ZIP archive; np.load hands back a bare array for a renamed .npy file
             arrays = {key: file[key] for key in file.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, AttributeError, TypeError) as error:
         raise TalosError(f"{path}: not a whole .npz file without pickled objects ({error}); write it again") from error
-    found = {}
-    for key, split in short.items():
-        if f"x_{key}" in arrays and f"y_{key}" in arrays:
-            try:
-                found[split] = Split(_as_rgb(arrays[f"x_{key}"]), arrays[f"y_{key}"])
-            except TalosError as error:
-                raise TalosError(f"{path}, x_{key} and y_{key}: {error}") from error
-    if not found:
+    inputs, labels = ({key[2:]: key for key in arrays if key.startswith(start)} for start in ("x_", "y_"))
+    words = named_splits(inputs.keys() | labels.keys(), path)
+    if not words:
         raise TalosError(f"{path}: found the arrays {sorted(arrays)}; expected x_train, y_train, x_val ... y_test")
+    if single := sorted(word for word in words.values() if not (word in inputs and word in labels)):
+        raise TalosError(f"{path}: found only one of x_{single[0]} and y_{single[0]}; give both, or none")
+    found = {}
+    for split, word in words.items():
+        try:
+            found[split] = Split(_as_rgb(arrays[inputs[word]]), arrays[labels[word]])
+        except TalosError as error:
+            raise TalosError(f"{path}, x_{word} and y_{word}: {error}") from error
     return found
 
 
