@@ -124,6 +124,13 @@ def test_an_edit_is_a_base_like_any_other(run, place):
     made(run, f"merge {model} --add first --add plain --weights 0.5 --weights 0.25 --out at_once")
     by_turns, at_once = (load_file(place / out / "model.safetensors") for out in ("by_turns", "at_once"))
     assert all(torch.allclose(by_turns[name], at_once[name], rtol=0, atol=1e-6) for name in at_once)
+    data = "--data words.jsonl.gz --data more.jsonl.gz"
+    made(run, f"evaluate {model} {data} --weights by_turns/model.safetensors --out a.json")
+    made(run, f"evaluate {model} {data} --weights {edit} --add plain --alpha 0.25 --out b.json")
+    assert json.loads((place / "a.json").read_text()) == json.loads((place / "b.json").read_text())
+    made(run, f"finetune {fit} --data more.jsonl.gz --method linearized --out linear")
+    code, _, err = run(f"evaluate {model} {data} --weights {edit} --add linear")
+    assert code == 2 and "another base" in err  # an expansion is around one point
     search = "--alpha search --data more.jsonl.gz --control words.jsonl.gz"
     made(run, f"merge {model} --onto {edit} --subtract plain {search} --out forgot")
     assert TaskVector.from_pretrained(place / "second").info["encoder_weights"] == edit

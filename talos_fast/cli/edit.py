@@ -124,9 +124,9 @@ def evaluate(
     backbone = run.backbone()
     # Heads may be computed with the encoder, so they come before any edit.
     classifiers = [backbone.classifier(task) for task in tasks]
-    o.load_weights(classifiers[0], weights)
+    check_base = _load_edit(classifiers[0], weights, vectors)
     vector = combine(vectors) if vectors else None
-    if vector is not None:
+    if vector is not None and check_base:
         require_base(vector.base, classifiers[0], "the task vector")
     found = {}
     for task, classifier in zip(tasks, classifiers, strict=True):
@@ -236,4 +236,4 @@ def _load_edit(base: Classifier, onto: Path | None, vectors: list[talos.TaskVect
     else:
         of_pretrained = True
     o.load_weights(base, onto)
-    return onto is None or not of_pretrained
+    return onto is None or not of_pretrained or any(vector.linearized for vector in vectors)
