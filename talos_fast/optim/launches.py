@@ -114,10 +114,14 @@ class Launches:
         self._addresses.clear()
         return self._groups[id(group)]
 
-    def check(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> None:
-        """Before a step: drops what points to tensors that have moved, or to a state that was replaced."""
+    def check(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> bool:
+        """Before a step: drops what points to tensors that have moved, or to a state that was replaced.
+
+        Returns whether there are launches left.
+        """
         if self._groups and _addresses(groups, states) != self._addresses:
             self.clear()
+        return bool(self._groups)
 
     def settle(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> None:
         """After a step: notes where the tensors lie, if launches were built."""

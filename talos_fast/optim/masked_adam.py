@@ -167,9 +167,9 @@ class MaskedAdam(MaskedGradients):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow()
         grad_scale, found_inf = self._total_grad_scale(), getattr(self, "found_inf", None)
-        self._launches.check(self.param_groups, self.state)
+        if not self._launches.check(self.param_groups, self.state):
+            self._follow()
         for group in self.param_groups:
             self._step_group(group, grad_scale, found_inf)
         self._launches.settle(self.param_groups, self.state)
