@@ -59,7 +59,7 @@ def test_rates_grow_while_the_end_is_best(backbone, monkeypatch):
     """Validation accuracy rises with the rate up to 8 and falls after it: 1, 2 grow to 4, 8 and 16."""
     plan = replace(PLAN, learning_rates={"nonlinear": (1.0, 2.0)}, extend=5)
     made = Study(backbone, [task := image_task()], task, plan, progress=False)
-    monkeypatch.setattr(made._learner, "trained", lambda method, lr, task: {"validation": -abs(lr - 8.0)})
+    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": -abs(lr - 8.0)})
     found = made._learner.rate("nonlinear")
     assert found["lr"] == 8.0 and [float(lr) for lr in found["validation_by_lr"]] == [1, 2, 4, 8, 16]
 
