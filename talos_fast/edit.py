@@ -55,11 +55,12 @@ class Edit:
         if len(coefficients) != self._count:
             raise TalosError(f"{len(coefficients)} coefficients for {self._count} directions; give one each")
         require_finite(coefficients)
-        for touched in self._touched:
-            edited = touched.original.to(torch.float64, copy=True)
-            for number, delta in touched.directions:
-                delta.add_to(edited, coefficients[number])
-            scatter_(touched.tensor, touched.indices, edited.to(touched.original.dtype))
+        with uninterrupted():
+            for touched in self._touched:
+                edited = touched.original.to(torch.float64, copy=True)
+                for number, delta in touched.directions:
+                    delta.add_to(edited, coefficients[number])
+                scatter_(touched.tensor, touched.indices, edited.to(touched.original.dtype))
 
     def revert(self) -> None:
         """Restores the very bits that were there."""

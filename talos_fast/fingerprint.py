@@ -58,14 +58,19 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise TalosError(f"{path}: not a readable safetensors checkpoint ({error}); save it again") from error
 
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def identify(tensor: Tensor) -> str:
     """dtype, shape and a 64-bit digest of the bits of a tensor; independent of device, strides and the sign of zeros.
 
     A difference does not tell -0.0 from 0.0, so a vector cannot restore which of the two a trained entry was.
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.is_floating_point() and flat.element_size() > 1:  # torch adds no 8-bit floats
-        flat = flat + 0.0  # -0.0 + 0.0 is 0.0
+    if flat.is_floating_point() and flat.element_size() in _INTEGERS:
+        integers = flat.view(_INTEGERS[flat.element_size()])
+        negative = integers == torch.iinfo(integers.dtype).min  # the bits of -0.0
+        flat = torch.where(negative, 0, integers) if bool(negative.any()) else flat
     bits = hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=8).hexdigest()
     shape = "x".join(map(str, tensor.shape)) or "scalar"
     return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {bits}"

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import copy
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from talos_fast.errors import TalosError, brief
 
@@ -155,17 +156,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def take(batch: Batch, start: int, stop: int, size: int) -> Batch:
     """Samples start … stop - 1 of a batch of ``size``.
 
-    Slices every tensor whose first dimension is ``size``, and every list or tuple of as many things without a tensor
-    that are no numbers, such as texts.
+    Slices every tensor whose first dimension is ``size``, and every list or tuple of as many texts or paths.
     """
 
     def is_column(node: Any) -> bool:
-        return (
-            type(node) in (list, tuple)
-            and len(node) == size
-            and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(node))
-            and not all(isinstance(one, int | float) for one in node)
-        )
+        texts = type(node) in (list, tuple) and all(isinstance(one, str | bytes | PathLike) for one in node)
+        return texts and len(node) == size
 
     def rows(leaf: Any) -> Any:
         is_rows = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size

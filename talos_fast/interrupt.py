@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 
@@ -47,16 +47,23 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Lets signals wait until the block ends: for what must not be left half done, and is soon done."""
-    waiting: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (None, signal.SIG_IGN)]
-    previous = {number: signal.signal(number, lambda came, _: waiting.append(came)) for number in heard}
-    try:
+    waiting: list[int] = []
+    with ExitStack() as stack:  # which goes on, last in first out, where one that is delivered raises
+        stack.callback(_deliver, waiting)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda came, _: waiting.append(came))
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for came in waiting:
-            signal.raise_signal(came)
+
+
+def _deliver(waiting: list[int]) -> None:
+    while waiting:
+        try:
+            signal.raise_signal(waiting.pop(0))
+        finally:
+            _deliver(waiting)

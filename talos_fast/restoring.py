@@ -20,11 +20,12 @@ def restoring_modes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes.items():
-            if module.training != training:
-                module.train(training)
-        for module, training in modes.items():
-            module.training = training
+        with uninterrupted():
+            for module, training in modes.items():
+                if module.training != training:
+                    module.train(training)
+            for module, training in modes.items():
+                module.training = training
 
 
 @contextmanager

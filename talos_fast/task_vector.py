@@ -13,6 +13,7 @@ from talos_fast.delta import SparseDelta
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Fingerprint, Target, fingerprint, named_tensors, require_base
+from talos_fast.interrupt import uninterrupted
 from talos_fast.sparse_vector import SparseVector
 
 CARD = """---
@@ -80,12 +81,13 @@ class TaskVector(
         self._state_dicts: dict[int, tuple[Target, Edit]] = {}
         self._hub_mixin_config = None  # everything is in our own files; no config.json of constructor arguments
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; they are applied to nothing."""
-        return self.deltas, self.base, self.info
+        return {key: value for key, value in vars(self).items() if key not in ("_modules", "_state_dicts")}
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._set(*state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._set(state.pop("deltas"), state.pop("base"), state.pop("info"))
+        vars(self).update(state)
 
     def apply_to(self, target: Target, scaling_coef: float = 1.0, *, check_base: bool = True) -> Target:
         """Adds ``scaling_coef`` times the vector, in place; `revert` takes it back bit for bit.
@@ -108,11 +110,12 @@ class TaskVector(
         if check_base:
             require_base(self.base, target, "the task vector")
         edit = Edit(target, self.deltas)
-        edit.move(scaling_coef)
-        if isinstance(target, nn.Module):
-            self._modules[target] = edit
-        else:
-            self._state_dicts[id(target)] = target, edit  # held, so that its id stays its own
+        with uninterrupted():
+            edit.move(scaling_coef)
+            if isinstance(target, nn.Module):
+                self._modules[target] = edit
+            else:
+                self._state_dicts[id(target)] = target, edit  # held, so that its id stays its own
         return target
 
     def revert(self, target: Target) -> Target:
@@ -121,13 +124,14 @@ class TaskVector(
         Raises:
             TalosError: this vector is not applied to ``target``.
         """
-        if isinstance(target, nn.Module):
-            edit = self._modules.pop(target, None)
-        else:
-            _, edit = self._state_dicts.pop(id(target), (None, None))
-        if edit is None:
-            raise TalosError("this task vector is not applied to this model; apply_to comes first")
-        edit.revert()
+        with uninterrupted():
+            if isinstance(target, nn.Module):
+                edit = self._modules.pop(target, None)
+            else:
+                _, edit = self._state_dicts.pop(id(target), (None, None))
+            if edit is None:
+                raise TalosError("this task vector is not applied to this model; apply_to comes first")
+            edit.revert()
         return target
 
     def save_pretrained(

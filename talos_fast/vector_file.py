@@ -83,8 +83,7 @@ def locate(
         return Path(id_or_path) / FILE
     if Path(id_or_path).is_file():
         return Path(id_or_path)
-    local = Path(id_or_path).parent.is_dir()  # a name that was mistyped
-    if local or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", id_or_path):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", id_or_path):
         raise TalosError(f"{id_or_path}: no such folder; give what save_pretrained wrote, or a repository as user/name")
     try:
         fetched = hf_hub_download(

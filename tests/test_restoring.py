@@ -1,5 +1,6 @@
 """What finetune and profile leave of a model: flags, modes and buffers, however those were changed."""
 
+import copy
 import os
 import signal
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
+from talos_fast import TaskVector
+from talos_fast.restoring import restoring_all_but_parameters, restoring_modes, restoring_parameters
 
 
 class Buffered(nn.Module):
@@ -41,12 +43,14 @@ def test_buffers_come_back_as_the_same_tensors():
 
 
 class Pressing(TorchFunctionMode):
-    """Presses Ctrl-C when a tensor is copied to another for the first time."""
+    """Presses Ctrl-C when a function of torch is called for the first time."""
 
-    pressed = False
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function, self.pressed = function, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.copy_ and not self.pressed:
+        if func is self.function and not self.pressed:
             self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
         return func(*args, **(kwargs or {}))
@@ -55,7 +59,33 @@ class Pressing(TorchFunctionMode):
 def test_parameters_come_back_though_one_presses_meanwhile():
     parameters = dict(nn.Linear(3, 2).named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    with pytest.raises(KeyboardInterrupt), Pressing() as pressing, restoring_parameters(parameters):
+    with pytest.raises(KeyboardInterrupt), Pressing(torch.Tensor.copy_) as pressing, restoring_parameters(parameters):
         for p in parameters.values():
             p.data.mul_(2)
     assert pressing.pressed and all(torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+def test_a_vector_is_applied_and_reverted_whole():
+    base = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    tuned = copy.deepcopy(base)
+    for p in tuned.parameters():
+        p.data.add_(1)
+    vector, model = TaskVector(base, tuned), copy.deepcopy(base)
+    for verb, expected in ((vector.apply_to, tuned), (vector.revert, base)):
+        with pytest.raises(KeyboardInterrupt), Pressing(torch.Tensor.copy_) as pressing:
+            verb(model)
+        assert pressing.pressed
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_modes_come_back_though_one_presses_meanwhile():
+    class Late(nn.Linear):
+        def train(self, mode: bool = True):
+            if mode:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Linear(2, 2), Late(2, 2), nn.Linear(2, 2))
+    with pytest.raises(KeyboardInterrupt), restoring_modes(model):
+        model.eval()
+    assert all(module.training for module in model.modules())

@@ -101,16 +101,19 @@ def test_labels_that_cannot_be_injected_are_refused(estimator, labels, message):
         sensitivities(nn.Linear(5, 4).double(), [data(4, 5)], estimator=estimator, labels=labels)
 
 
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_texts_are_cut_with_their_labels(kind):
-    """A forward that tokenizes by itself, in a batch that also holds lists of numbers and of tensors."""
-    net, (x, y) = randomized(Net(lambda layer, x: torch.tanh(layer(x)))), data(4, 3, 6)
+def test_texts_are_cut_with_their_labels(kind, size):
+    """A forward that tokenizes by itself; a list of as many columns as samples is no column."""
+    net, (x, y) = randomized(Net(lambda layer, x: torch.tanh(layer(x)))), data(size, 3, 6)
     rows = {f"text {n}": row for n, row in enumerate(x)}
 
     def forward(model, batch):
-        assert batch["size"] == [3, 6, 1, 1] and len(batch["means"]) == 4
+        first, second = batch["pairs"]
+        assert batch["size"] == [3, 6] and batch["maybe"] == [1, None] and first == second == batch["texts"]
         return model(torch.stack([rows[text] for text in batch["texts"]]))
 
-    batch = {"texts": kind(rows), "size": [3, 6, 1, 1], "means": [torch.zeros(1)] * 4, "labels": y}
+    texts = kind(rows)
+    batch = {"texts": texts, "pairs": [texts, texts], "size": [3, 6], "maybe": [1, None], "labels": y}
     found = sensitivities(net, [batch], forward=forward, estimator="empirical")
     assert_equal(found, sensitivities(net, [(x, y)], estimator="empirical"))

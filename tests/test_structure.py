@@ -119,6 +119,8 @@ def test_plots_are_pictures(tmp_path):
     with Image.open(tmp_path / "mask.png") as image:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
     assert (tmp_path / "vector.svg").read_text().startswith("<?xml")
+    with pytest.raises(TalosError, match="nothing to draw"):
+        plot_mask({}, tmp_path / "none.png")
     with pytest.raises(TalosError, match=r"mask.xyz: pictures are .png, .pdf or .svg"):
         plot_mask(masks(), tmp_path / "mask.xyz")
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from talos_fast import TalosError, TaskVector, merge
 from talos_fast.edit import Edit
+from talos_fast.fingerprint import identify
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -279,12 +280,28 @@ def test_models_that_a_vector_is_applied_to_may_go():
     applied = vector.apply_to(copy.deepcopy(base))
     gone = weakref.ref(applied)
     assert len(pickle.dumps(vector)) == size
+    vector.note = "a subclass's or a user's"
     again = copy.deepcopy(vector)
+    assert again.note == vector.note
     with pytest.raises(TalosError, match="not applied to this model"):
         again.revert(applied)
     del applied
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_digests_are_of_bits_but_for_the_sign_of_zeros(dtype):
+    tensor = torch.tensor([1.5, torch.finfo(dtype).smallest_normal / 2, 0.0, float("nan")], dtype=dtype)
+    expected = identify(tensor)
+    torch.set_flush_denormal(True)
+    try:
+        assert identify(tensor) == expected
+    finally:
+        torch.set_flush_denormal(False)
+    assert identify(torch.where(tensor == 0, -0.0, tensor)) == expected
+    assert identify(torch.where(tensor == 1.5, -1.5, tensor)) != expected
+    assert identify(tensor.new_zeros(4)) != expected
 
 
 def test_the_sign_of_a_zero_makes_no_other_base():

@@ -142,6 +142,10 @@ def test_names_that_are_those_of_the_folders_go_with_their_folder(tmp_path):
     assert tasks.load(folder).class_names == ("a cat", "dog")
     assert tasks.load(folder, class_names=["dog", "a_cat"]).class_names == ("a_cat", "dog")
     assert tasks.load(folder, class_names=["hound", "tabby"]).class_names == ("hound", "tabby")
+    twins = write_folder(tmp_path / "twins", {"train": 4, "test": 2})
+    for split in ("train", "test"):
+        (twins / split / "dog").rename(twins / split / "a cat")
+    assert tasks.load(twins, class_names=["a cat", "a_cat"]).class_names == ("a cat", "a_cat")
 
 
 def test_npz_splits_by_other_names_and_by_halves(tmp_path):

@@ -134,7 +134,7 @@ def finetune(
     storage.require_folder(checkpoint, "--checkpoint-dir")
     o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
-    full = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
+    full = None if finetuned is None else o.load_vector(finetuned)
     task, backbone, classifier = run.classifier(data, weights)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
     with o.resumable(checkpoint), restoring_parameters(dict(classifier.named_parameters())):

@@ -29,8 +29,8 @@ Subtract = Annotated[list[Path] | None, typer.Option("--subtract", help="Task ve
 
 
 def _vectors(add: list[Path] | None, subtract: list[Path] | None) -> list[talos.TaskVector]:
-    added = [talos.TaskVector.from_pretrained(path) for path in add or []]
-    return added + [-talos.TaskVector.from_pretrained(path) for path in subtract or []]
+    added = [o.load_vector(path) for path in add or []]
+    return added + [-o.load_vector(path) for path in subtract or []]
 
 
 @app.command()
@@ -228,6 +228,8 @@ def _search(
 
 def _load_edit(base: Classifier, onto: Path | None, vectors: list[talos.TaskVector]) -> bool:
     """Loads --onto; whether the vectors must be of that edit: they may also be of the model before it, as in a sum."""
+    if onto is None:
+        return True
     try:
         for vector in vectors:
             require_base(vector.base, base, "the task vector")
@@ -236,4 +238,4 @@ def _load_edit(base: Classifier, onto: Path | None, vectors: list[talos.TaskVect
     else:
         of_pretrained = True
     o.load_weights(base, onto)
-    return onto is None or not of_pretrained or any(vector.linearized for vector in vectors)
+    return not of_pretrained or any(vector.linearized for vector in vectors)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 import talos_fast as talos
 from talos_fast import storage
+from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest
 from talos_fast.interference import COLUMNS
@@ -33,7 +34,7 @@ def inspect(
         raise TalosError(f"{path}: no such file or folder")
     if (path / "merge.json").is_file():
         raise TalosError(f"{path}: what merge wrote, described in its merge.json; give a mask or a task vector")
-    thing = TaskVector.from_pretrained(path) if path.is_dir() or path.name == FILE else Mask.load(path)
+    thing = o.load_vector(path) if path.is_dir() or path.name == FILE else Mask.load(path)
     mask = thing.mask() if isinstance(thing, TaskVector) else thing
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
     typer.echo(f"{path}: {thing}")
@@ -66,7 +67,7 @@ def interference(
     require_picture(plot, "--plot")
     if len(vectors) < 2:
         raise TalosError(f"{vectors[0]}: one vector has nothing to get in its way; give two or more")
-    report = talos.interference([TaskVector.from_pretrained(path) for path in vectors], names=_names(vectors))
+    report = talos.interference([o.load_vector(path) for path in vectors], names=_names(vectors))
     table = Table(*COLUMNS)
     for row in report.rows():
         table.add_row(*row)

@@ -18,6 +18,7 @@ from talos_fast.arguments import checked_seed
 from talos_fast.errors import TalosError, brief, needs
 from talos_fast.fingerprint import read_checkpoint
 from talos_fast.models import Backbone, Classifier
+from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -157,6 +158,13 @@ def resumable(place: Path | None) -> Iterator[None]:
         hint = f"the same command goes on from {place}" if place else "--checkpoint-dir would keep finished rounds"
         typer.echo(f"interrupted; {hint}", err=True)
         raise typer.Exit(130) from None
+
+
+def load_vector(path: Path) -> TaskVector:
+    """A task vector of a folder or of the Hub, which is not asked for what is beside a folder that is there."""
+    if not path.exists() and path.parent != Path() and path.parent.is_dir():
+        raise TalosError(f"{path}: no such folder; give what save_pretrained wrote, or a repository as user/name")
+    return TaskVector.from_pretrained(path)
 
 
 def load_tasks(paths: list[Path]) -> list[Task]:

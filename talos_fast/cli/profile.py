@@ -39,7 +39,7 @@ def profile(
     storage.require_file(out, "--out")
     o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
-    changed = None if finetuned is None else talos.TaskVector.from_pretrained(finetuned)
+    changed = None if finetuned is None else o.load_vector(finetuned)
     task, backbone, classifier = run.classifier(data, weights)
     batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
     found = talos.profile(

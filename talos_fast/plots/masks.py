@@ -34,9 +34,11 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
         title: printed on top.
 
     Raises:
-        TalosError: matplotlib is missing, or the path cannot be written.
+        TalosError: no tensor, matplotlib is missing, or the path cannot be written.
     """
     counts = density_by_part(masks)
+    if not counts:
+        raise TalosError("there is nothing to draw: the mask has no tensor")
     block, weights = _fullest_block(masks, counts)
     figure, axes = new_figure(3.2 * max(2, len(weights)), 6.4, nrows=2, ncols=max(1, len(weights)))
     grid = axes[0, 0].get_gridspec()

@@ -1,6 +1,5 @@
 """The state in which a model is scored: evaluation mode, eager, no dropout, no recomputation, nothing fused."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,9 +10,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
+from talos_fast.interrupt import uninterrupted
 from talos_fast.restoring import restoring_modes
-
-_ONE_AT_A_TIME = threading.RLock()
+from talos_fast.sensitivity.process_wide import ProcessWide
 
 CACHE = "attention_bias_cache"
 """timm's name for it."""
@@ -23,25 +22,19 @@ CACHE = "attention_bias_cache"
 def scoring_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter requiring a gradient, eager execution without checkpointing; all restored.
 
-    Checkpoints and compilation are those of the whole process, so one thread scores at a time, and another that trains
-    meanwhile does without them.
+    Checkpointing, compilation and fused attention are the process's: a thread that trains meanwhile does without them.
 
     Raises:
         TalosError: a batch norm without running statistics, which mixes the samples in evaluation mode too.
     """
-    with _ONE_AT_A_TIME:
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        try:
-            model.requires_grad_(False)
-            _refuse_batch_statistics(model)
-            # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
-            torch.backends.mha.set_fastpath_enabled(False)
-            eager, plain = torch.compiler.set_stance("force_eager"), without_checkpointing()
-            with torch.inference_mode(False), torch.enable_grad(), eager, plain, _sound(model):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        _refuse_batch_statistics(model)
+        with torch.inference_mode(False), torch.enable_grad(), _unfused_and_eager(), _sound(model):
+            yield
+    finally:
+        with uninterrupted():
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
 
@@ -80,8 +73,9 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = False
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        with uninterrupted():
+            for module, training in modes.items():
+                module.training = training
 
 
 @contextmanager
@@ -144,3 +138,18 @@ def without_checkpointing() -> Iterator[None]:
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, nothing))
         yield
+
+
+@contextmanager
+def _change() -> Iterator[None]:
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"), without_checkpointing():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+_unfused_and_eager = ProcessWide(_change)

@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, Forward, functional_forward, map_tensors, take
+from talos_fast.sensitivity.process_wide import ProcessWide
 from talos_fast.sensitivity.uses import Accumulator
 
 logger = logging.getLogger("talos_fast")
@@ -84,7 +85,7 @@ def _by_vmap(
 
     tracked = {name: parameter.detach() for name, parameter in parameters.items()}
     per_sample: Callable[..., dict[str, Tensor]] = vmap(grad(scalar), in_dims=(None, *[0] * (len(rows) + 1)))
-    with patch.object(nn.Module, "_apply", _refuse_to_cast), _unwritten(model):
+    with _no_casts(), _unwritten(model):
         return per_sample(tracked, probe[numbers.start : numbers.stop], *rows)
 
 
@@ -106,6 +107,9 @@ def _unwritten(model: nn.Module) -> Iterator[None]:
 def _refuse_to_cast(module: nn.Module, *args: object, **kwargs: object) -> None:
     """What `Module.to` calls: a forward that does so would write a transform's tensors into the model, and crash."""
     raise RuntimeError(f"{type(module).__name__} is cast or moved in the forward")
+
+
+_no_casts = ProcessWide(lambda: patch.object(nn.Module, "_apply", _refuse_to_cast))
 
 
 def gradients_one_by_one(

@@ -44,8 +44,9 @@ def load(
     Args:
         path: the folder or file.
         name: of the task; by default that in `datasets.json`, else the name of the file or folder.
-        class_names: in the order of the labels (for a folder: of its sorted sub-folders). By default those of a
-            `datasets.json` beside the file, else of a `classes.txt`, else the sub-folders or text labels, sorted.
+        class_names: in the order of the labels (for a folder: of its sorted sub-folders, or their own names in any
+            order). By default those of a `datasets.json` beside the file, else of a `classes.txt`, else the sub-folders
+            or text labels, sorted.
         templates: prompts with `{}`; by default the `prompt_template` of `datasets.json`, else none.
         seed: of the held-out validation split.
 
@@ -93,7 +94,8 @@ def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, S
             "give one a folder, in the order of the sorted folder names"
         )
     by_folder = {name.replace("_", " "): name for name in names}
-    if by_folder.keys() == {folder.replace("_", " ") for folder in classes}:  # the names themselves, in whatever order
+    same = by_folder.keys() == {folder.replace("_", " ") for folder in classes}
+    if same and len(by_folder) == len(names):  # the folders' own names, in whatever order
         names = tuple(by_folder[folder.replace("_", " ")] for folder in classes)
     found = {split: _read_class_folders(root, classes) for split, root in roots.items()}
     if empty := sorted(set(range(len(classes))) - set(found["train"].labels.tolist())):
