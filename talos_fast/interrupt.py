@@ -62,7 +62,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _deliver(waiting: list[int]) -> None:
-    while waiting:
+    if waiting:
         try:
             signal.raise_signal(waiting.pop(0))
         finally:

@@ -231,7 +231,7 @@ def _load_edit(base: Classifier, onto: Path | None, vectors: list[talos.TaskVect
     if onto is None:
         return True
     try:
-        for vector in vectors:
+        for vector in vectors[:1]:  # all are of one base, or cannot be combined
             require_base(vector.base, base, "the task vector")
     except TalosError:
         of_pretrained = False

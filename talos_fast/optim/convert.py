@@ -43,7 +43,7 @@ def from_adamw(state_dict: StateDict, masks: Masks) -> StateDict:
 
 def _dense(saved: State) -> State:
     shape = tuple(saved["shape"].tolist())
-    content = {"step": saved["step"].to("cpu", copy=True)}  # from where capturable and fused AdamW take it themselves
+    content = {"step": saved["step"].to("cpu", copy=True)}  # capturable and fused AdamW move it
     for key in MOMENTS:
         if key in saved:
             mask = unpack(saved["mask"], shape).to(saved[key].device)
@@ -55,7 +55,6 @@ def _dense(saved: State) -> State:
 def _compact(saved: State, mask: Tensor) -> State:
     moments = {key: saved[key][mask.to(saved[key].device)] for key in MOMENTS if key in saved}
     shape = torch.tensor(mask.shape, dtype=torch.int64, device="cpu")
-    step = torch.as_tensor(
-        saved["step"], dtype=torch.float32, device="cpu"
-    ).clone()  # a number in checkpoints of torch 1
+    # A number in checkpoints of torch 1.
+    step = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu").clone()
     return {"step": step, **moments, "mask": pack(mask), "shape": shape}

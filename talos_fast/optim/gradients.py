@@ -70,8 +70,7 @@ class MaskedGradients(AdamW):
         clipping, GradScaler and `zero_grad` work as before; a GradScaler sees infinities in selected entries only.
         Parameters without a mask keep dense gradients. Call it again after `add_param_group`, after the model was moved
         to another device, and on an optimizer that was copied or unpickled: hooks belong to the parameters they were
-        put on. Not under DistributedDataParallel,
-        which moves whole gradients.
+        put on. Not under DistributedDataParallel, which moves whole gradients.
 
         Args:
             norm: "all" also keeps the norm of each whole gradient, for ``clip_grad_norm_(entries="all")``.

@@ -47,7 +47,8 @@ def plot_mask(masks: Mapping[str, Tensor], path: str | Path, *, title: str = "")
     _draw_density(figure, figure.add_subplot(grid[0, :]), counts)
     for axis, (name, mask) in zip(axes[1], weights.items(), strict=False):
         _draw_weight(axis, name.partition(f".{block.split()[-1]}.")[2] or name, mask)
-    figure.suptitle(title or f"mask structure{f'; below: the weights of block {block}' * bool(block)}")
+    below = f"; below: the weights of block {block}" if block else ""
+    figure.suptitle(title or f"mask structure{below}")
     save(figure, path)
 
 

@@ -140,8 +140,9 @@ def without_checkpointing() -> Iterator[None]:
         yield
 
 
+@ProcessWide
 @contextmanager
-def _change() -> Iterator[None]:
+def _unfused_and_eager() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # The fused attention of nn.MultiheadAttention is one opaque operation, and has no batching rule.
     torch.backends.mha.set_fastpath_enabled(False)
@@ -150,6 +151,3 @@ def _change() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-_unfused_and_eager = ProcessWide(_change)
