@@ -10,13 +10,14 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from measure import in_turn, seconds
 from records import header
 from shapes import talos_mask
 from torch import Tensor, nn
@@ -102,15 +103,12 @@ def measure_memory(model: str, name: str) -> None:
 def measure_times(model: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender, a round after another."""
     tower, images = build(model)
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for turn in range(1 + rounds):
-        for name in CONTENDERS:
-            with iteration(tower, images, name) as run:
-                start = time.perf_counter()
-                run()
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
-    return seconds
+
+    def timed(name: str) -> float:
+        with iteration(tower, images, name) as run:
+            return seconds(run)
+
+    return in_turn({name: partial(timed, name) for name in CONTENDERS}, rounds)
 
 
 def write(request: pytest.FixtureRequest, what: str, model: str, rows: dict[str, dict[str, float]]) -> None:
@@ -124,10 +122,10 @@ def write(request: pytest.FixtureRequest, what: str, model: str, rows: dict[str,
 
 @pytest.mark.parametrize("model", SIZES)
 def test_time(model: str, request: pytest.FixtureRequest) -> None:
-    seconds = measure_times(model, request.config.getoption("--rounds"))
-    base = seconds["selected tensors"]
+    turns = measure_times(model, request.config.getoption("--rounds"))
+    base = turns["selected tensors"]
     rows = {}
-    for name, times in seconds.items():
+    for name, times in turns.items():
         ratios = [a / b for a, b in zip(times, base, strict=True)]
         rows[name] = {
             "median_ms": 1e3 * statistics.median(times), "min_ms": 1e3 * min(times), "max_ms": 1e3 * max(times),

@@ -8,13 +8,14 @@ replaces the rows that it measures.
 
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from measure import in_turn, seconds
 from records import header, refuse_another_setting
 from scorers import accumulating, contenders, forward_alone, plain
 from subjects import SUBJECTS, Subject
@@ -35,16 +36,6 @@ KEEPING = {"forward alone, activations kept": forward_alone, BASELINE: plain,
            "talos-fast, full": lambda subject: lambda: sensitivities(subject.model, [subject.batch] * 2)}  # fmt: skip
 # glibc keeps freed blocks of up to 32 MiB for later unless told to give them back: what is resident is in use then.
 ALLOCATORS = {"memory": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}, "memory with glibc's defaults": {}}
-
-
-def timed(step: Any) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @pytest.mark.parametrize("group", ["ours", "peers", "released"])
@@ -74,11 +65,9 @@ def test_time(model: str, group: str, request: pytest.FixtureRequest) -> None:
                 refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
                 steps.pop(name, None)
         steps[BASELINE]()
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(min(option.rounds, RELEASED_ROUNDS) if group == "released" else option.rounds):
-            for name, step in steps.items():
-                seconds[name].append(timed(step))
-        save(option.results, model, f"{group}, batch {size}", report(model, group, size, seconds, refused))
+        rounds = min(option.rounds, RELEASED_ROUNDS) if group == "released" else option.rounds
+        times = in_turn({name: partial(seconds, step, DEVICE) for name, step in steps.items()}, rounds, warmup=0)
+        save(option.results, model, f"{group}, batch {size}", report(model, group, size, times, refused))
         assert not any(name.startswith("talos-fast") for name in refused), refused
 
 
@@ -90,13 +79,13 @@ def sizes(group: str, model: str) -> tuple[int, ...]:
 
 
 def report(
-    model: str, group: str, size: int, seconds: dict[str, list[float]], refused: dict[str, str]
+    model: str, group: str, size: int, rounds: dict[str, list[float]], refused: dict[str, str]
 ) -> dict[str, Any]:
     """Prints the rows, and gives them."""
     rows: dict[str, Any] = {}
     print(f"\n{model}, {group}, batch {size}, {torch.get_num_threads()} threads, backend {ops.backend(DEVICE)}")
-    for name, times in seconds.items():
-        ratios = [mine / base for mine, base in zip(times, seconds[BASELINE], strict=True)]
+    for name, times in rounds.items():
+        ratios = [mine / base for mine, base in zip(times, rounds[BASELINE], strict=True)]
         rows[name] = {"ms_per_sample": 1e3 * statistics.median(times) / size, "of_plain": statistics.median(ratios),
                       "of_plain_min": min(ratios), "of_plain_max": max(ratios), "rounds": len(times)}  # fmt: skip
         row = rows[name]

@@ -4,6 +4,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,41 +12,62 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """The seconds of each contender, which gives its own; one after the other in every round.
+
+    So a slow moment of the machine hits them alike. The rounds of the warm-up do not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + rounds):
+        for name, timed in contenders.items():
+            taken = timed()
+            if turn >= warmup:
+                seconds[name].append(taken)
+    return seconds
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each contender: median, least, most. One after the other in every round; the first does not count.
-
-    On a GPU by its own clock, and of several calls at once: one may take less than the host needs to ask for it.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(1 + rounds):
-        for name, run in contenders.items():
-            taken = _on_gpu(run) if device == "cuda" else _on_cpu(run)
-            if turn:
-                seconds[name].append(taken)
+    """Seconds of each contender: median, least, most. On a GPU of several calls at once, see `seconds_queued`."""
+    clock = seconds_queued if device == "cuda" else seconds
     return {
         name: {"median": statistics.median(times), "min": min(times), "max": max(times)}
-        for name, times in seconds.items()
+        for name, times in in_turn({n: partial(clock, run) for n, run in contenders.items()}, rounds).items()
     }
 
 
-def _on_cpu(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], device: str = "cpu") -> float:
+    """Of one call, what the host has to do included; on a GPU by its own clock."""
+    if device == "cuda":
+        return _between_events(run)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _on_gpu(run: Callable[[], object], calls: int = 20) -> float:
+def seconds_queued(run: Callable[[], object], calls: int = 20) -> float:
+    """Of one of several calls on a GPU: one may take less than the host needs to ask for it."""
+
+    def queue() -> None:
+        for _ in range(calls):
+            run()
+
+    return _between_events(queue, ahead=40_000_000) / calls  # some 20 ms: else the GPU waits for each launch
+
+
+def _between_events(run: Callable[[], object], ahead: int = 0) -> float:
+    """``ahead``: cycles of the GPU in which the host gets ahead of it."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(40_000_000)  # some 20 ms, in which the host gets ahead: else the GPU waits for each launch
+    if ahead:
+        torch.cuda._sleep(ahead)
     begin.record()
-    for _ in range(calls):
-        run()
+    run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed / 1e3
 
 
 def keep_freed_memory() -> None:

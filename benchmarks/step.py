@@ -7,12 +7,12 @@ measured in several sweeps: where the machine's memory is now fast and now slow,
 
 import math
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from measure import in_turn, seconds
 from occupancy import occupancy
 from records import header, refuse_nothing
 from shapes import MASKS, MODELS, Masks
@@ -25,7 +25,6 @@ from talos_fast.storage import write_json
 
 BASELINE = "AdamW fused"
 SWEEPS = 3
-WARMUP = 1
 DENSE = (BASELINE, "AdamW foreach", "AdamW for-loop")
 # What is timed, and what it is called after the baseline and after ours.
 KINDS = {"step": (stepping, "", ""), "loop": (clipping, ", unscale + clip + step", ", clip + step")}
@@ -64,10 +63,10 @@ class Bench:
             return
         stepper = baseline if rival == BASELINE else self.make(rival, kind)
         assert stepper is not None
-        pair = {label: stepper.run}
+        pair = {label: partial(seconds, stepper.run, self.device)}
         if baseline is not None and baseline is not stepper:
-            pair[BASELINE] = baseline.run
-        times = self.interleave(pair)
+            pair[BASELINE] = partial(seconds, baseline.run, self.device)
+        times = in_turn(pair, -(-self.rounds // SWEEPS))
         rounds = self._measured.setdefault(label, [])
         rounds += zip(times[label], times.get(BASELINE, [None] * len(times[label])), strict=True)
         self.rows[label] = self.row(rival, rounds, kind) | {
@@ -96,29 +95,6 @@ class Bench:
         free = bytes_free(torch.device(self.device))
         return math.inf if free is None else 0.9 * free
 
-    def interleave(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of each, one after the other in every round; on CUDA between events."""
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(WARMUP + -(-self.rounds // SWEEPS)):
-            for name, run in contenders.items():
-                elapsed = self._seconds(run)
-                if turn >= WARMUP:
-                    seconds[name].append(elapsed)
-        return seconds
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        if self.device == "cpu":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
     def row(self, rival: str, rounds: list[tuple[float, float | None]], kind: str) -> dict[str, Any]:
         """Figures of one stepper: medians over the rounds, the ratio's too, of the two steps of a round."""
         times = [own for own, _ in rounds]
@@ -139,12 +115,7 @@ class Bench:
     def host(self, rival: str, kind: str) -> float:
         """Microseconds of the host: a step of as many tensors of 8 elements."""
         stepper = self.make(rival, kind, small=True)
-        turns = []
-        for _ in range(30):
-            start = time.perf_counter()
-            stepper.run()
-            turns.append(time.perf_counter() - start)
-        return 1e6 * statistics.median(turns[10:])
+        return 1e6 * statistics.median(in_turn({rival: partial(seconds, stepper.run)}, 20, warmup=10)[rival])
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -8,24 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 
 #include "check.h"
 #include "cpu_kernels.h"
 #include "cpu_worker.h"
+#include "share_out.h"
 
 namespace talos {
-
-// Calls work(next) until every index below `count` is taken: whichever thread is free takes the next one.
-template <typename Worker>
-void share_out(int64_t count, const Worker& make_worker) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    auto work = make_worker();
-    for (int64_t index; (index = next.fetch_add(1)) < count;) work(index);
-  });
-}
 
 template <typename Score>
 void square_entries(const Bytes& panels) {
@@ -43,16 +33,17 @@ void accumulate(const Call<Score>& call, const Operand& inputs, const Operand& g
   const Workspace workspace(block * sample_bytes);
   x.place(workspace.data());
   g.place(workspace.data() + block * x.sample_bytes());
-  const Tiles tiles(call.shape, kernel, torch::stable::get_num_threads());
+  const int64_t threads = torch::stable::get_num_threads();
+  const Tiles tiles(call.shape, kernel, threads);
   for (int64_t first = 0; first < call.shape.samples; first += block) {
     const int64_t samples = tile_extent(first, call.shape.samples, block), split = samples * x.groups();
-    share_out(split + samples * g.groups(), [&] {
+    share_out(split + samples * g.groups(), threads, [&] {
       return [&](int64_t index) {
         const Bytes packed = index < split ? x.pack(first, index) : g.pack(first, index - split);
         if (call.squared) square_entries<Score>(packed);
       };
     });
-    share_out(tiles.count(), [&] { return TileWorker<Score>(call, tiles, x, g, samples); });
+    share_out(tiles.count(), threads, [&] { return TileWorker<Score>(call, tiles, x, g, samples); });
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "masked_adam_check.h"
+#include "share_out.h"
 
 namespace talos {
 
@@ -59,20 +60,15 @@ void run(const std::vector<Task<T, A>>& tasks, const AdamScalars<A>& scalars) {
       chunks.push_back({t, begin, tile_extent(begin, tasks[t].count, grain)});
     }
   }
-  std::atomic<size_t> next{0};
   std::atomic<int64_t> stray{-1};
-  torch::stable::parallel_for(0, tile_count(rows, grain), 1, [&](int64_t, int64_t) {
-    for (size_t c = next++; c < chunks.size(); c = next++) {
+  share_out(static_cast<int64_t>(chunks.size()), tile_count(rows, grain), [&] {  // few rows wake no second thread
+    return [&](int64_t c) {
       const Chunk& chunk = chunks[c];
       const Task<T, A>& task = tasks[chunk.task];
       const int64_t found = find_stray(task.rows + chunk.begin, chunk.count, task.tensor.bounds);
-      if (found >= 0) {
-        stray = chunk.begin + found;
-        next = chunks.size();
-        return;
-      }
-      update(task.tensor, task.rows + chunk.begin, chunk.count, scalars);
-    }
+      if (found >= 0) stray = chunk.begin + found;
+      if (stray < 0) update(task.tensor, task.rows + chunk.begin, chunk.count, scalars);
+    };
   });
   check_stray(stray);
 }
