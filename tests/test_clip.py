@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from talos_fast import MaskedAdam, TalosError
+from talos_fast.optim.clip import Clip
 
 SHAPES = [(50, 20), (7,), (5,), (30,)]
 BACKENDS = [{}, {"fused": False}, {"foreach": True}, {"fused": True}]
@@ -137,3 +138,8 @@ def test_without_gradients_the_norm_is_zero():
 def test_bad_arguments(arguments, message):
     with pytest.raises(TalosError, match=message):
         optimizer(*setup()).clip_grad_norm_(*arguments)
+
+
+def test_a_scale_of_another_device_follows_the_norm():
+    norm, scale = torch.ones((), device="meta"), torch.ones(1)  # torch itself would move a number without dimensions
+    assert Clip(norm, 1.0).divisor(scale).device.type == "meta"

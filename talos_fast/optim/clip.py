@@ -23,6 +23,8 @@ class Clip(NamedTuple):
 
         The 1e-6 is that of `torch.nn.utils.clip_grad_norm_`.
         """
+        if isinstance(grad_scale, Tensor):  # a scaler has it where its first output was, not where gradients are
+            grad_scale = grad_scale.to(self.norm.device)
         norm = self.norm if grad_scale is None else self.norm / grad_scale
         return ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
 
