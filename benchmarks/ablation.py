@@ -20,9 +20,9 @@ from talos_fast import Mask
 from talos_fast.cells import Cells
 from talos_fast.markdown import grid
 from talos_fast.methods import METHODS
-from talos_fast.storage import write_json
 from talos_fast.structure import parts
 from talos_fast.study import Plan, Study
+from talos_fast.writing import write_json
 
 COLUMNS = ("recipe", "lr", "single", "added", "norm.", "α", "target", "control")
 

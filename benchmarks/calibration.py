@@ -23,7 +23,7 @@ from subjects import SUBJECTS, Subject
 from talos_fast import ops
 from talos_fast.profiling.memory import Memory, above
 from talos_fast.sensitivity import sensitivities
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 BASELINE = "plain forward-backward"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

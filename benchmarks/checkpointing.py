@@ -21,7 +21,7 @@ from talos_fast.gradient_checkpointing import lean_checkpointing
 from talos_fast.methods import Options, Request
 from talos_fast.methods.masked import masked
 from talos_fast.step import Step
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 MODELS = {
     "BERT-6": bert(num_hidden_layers=6),

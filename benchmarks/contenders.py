@@ -1,6 +1,7 @@
 """Every method in every variant, as an iteration that can be measured."""
 
 import multiprocessing
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -72,12 +73,17 @@ def set_up(workload: Workload) -> None:
     workload.model.zero_grad(set_to_none=True)
 
 
-def peak_in_own_process(name: str, size: int, method: str, variant: str, bf16: bool) -> int | None:
-    """`peak_above_model` on the CPU, in a process that does nothing else."""
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function gives in a process that does nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with context.Pool(1) as pool:
-        return pool.apply(_peak_on_cpu, (name, size, method, variant, bf16, torch.get_num_threads()))
+        return pool.apply(function, arguments)
+
+
+def peak_in_own_process(name: str, size: int, method: str, variant: str, bf16: bool) -> int | None:
+    """`peak_above_model` on the CPU, in a process of its own."""
+    return in_own_process(_peak_on_cpu, name, size, method, variant, bf16, torch.get_num_threads())
 
 
 def _peak_on_cpu(name: str, size: int, method: str, variant: str, bf16: bool, threads: int) -> int | None:

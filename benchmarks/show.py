@@ -7,6 +7,7 @@ from typing import Any
 
 import paper
 
+from talos_fast.methods import METHODS
 from talos_fast.profiling.measure import COLUMNS, Timings
 from talos_fast.profiling.work import Work
 
@@ -16,7 +17,7 @@ SHOWN = (*TIMES, *MEMORY)
 COUNTED = ("GFLOP (floor)", "kept", "step moves", "graph breaks")
 VARIANTS = ("paper", "eager", "compiled")
 BASELINE = "nonlinear"
-ORDER = (BASELINE, "linearized", "l-lora", "lota", "talos")
+ORDER = tuple(METHODS)
 LEGEND = """\
 A figure is the median over the rounds, ×its ratio to full fine-tuning in the same variant, [the least and the largest
 round], (the paper's ratio). Each row was timed in turn with full fine-tuning of its own run, and its ratio is the

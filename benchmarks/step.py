@@ -21,7 +21,7 @@ from workloads import bytes_free
 
 from talos_fast.optim.selection import select
 from talos_fast.profiling.memory import Memory
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 BASELINE = "AdamW fused"
 SWEEPS = 3

@@ -10,12 +10,11 @@ memory than is free is not started, and says so.
 
 import argparse
 import json
-import multiprocessing
 from dataclasses import replace
 from typing import Any
 
 import torch
-from contenders import PRELOADED, contender
+from contenders import contender, in_own_process
 from measure import RESULTS
 from records import stamp
 from workloads import LARGE_T5, build, bytes_free
@@ -24,7 +23,7 @@ from talos_fast import Mask
 from talos_fast.environment import environment
 from talos_fast.methods import METHODS
 from talos_fast.profiling.memory import Memory, above
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 PATH = RESULTS / "t5_large_step.json"
 GIB = 2**30
@@ -67,10 +66,7 @@ def measure(model: str, method: str) -> dict[str, Any]:
     free = bytes_free(torch.device("cpu"))
     if model == "T5-Large" and free is not None and free < NEEDED[method] * GIB:
         return {"missing": f"needs about {NEEDED[method]} GiB, {free / GIB:.1f} GiB were free"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with context.Pool(1) as pool:
-        return pool.apply(one_step, (model, method))
+    return in_own_process(one_step, model, method)
 
 
 def main() -> None:

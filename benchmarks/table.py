@@ -24,7 +24,7 @@ from talos_fast.profiling.iteration import FinetuneIteration
 from talos_fast.profiling.measure import interleave
 from talos_fast.profiling.memory import Memory
 from talos_fast.profiling.work import entries_that_train, step_bytes
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 BASELINE = "nonlinear"
 

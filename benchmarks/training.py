@@ -31,7 +31,7 @@ from talos_fast.demo import tasks
 from talos_fast.demo.model import load_backbone
 from talos_fast.environment import environment
 from talos_fast.optim import launch
-from talos_fast.storage import write_json
+from talos_fast.writing import write_json
 
 STEPS, BATCH = 200, 4
 FULL_LR, TALOS_LR, WEIGHT_DECAY = 2e-4, 4e-3, 0.1

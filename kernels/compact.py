@@ -6,7 +6,7 @@ import triton.language as tl
 from talos_fast.kernels.masked_adam import BITS, OFFSETS, RUNS
 from torch import Tensor
 
-BLOCK = 1024
+from talos_fast.optim.selection import BLOCK
 
 
 @triton.jit

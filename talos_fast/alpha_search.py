@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from talos_fast.errors import TalosError
@@ -104,13 +105,10 @@ def choose_alpha(
     return AlphaSearch(chosen.alpha, tuple(trials), references, control, why)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)  # exact sums, so that ties are ties in whatever order tasks come
-
-
 def _add(trials: Sequence[Trial]) -> tuple[Trial, str]:
-    best = max(trials, key=lambda trial: (_mean(trial.normalized), -trial.alpha))
-    return best, f"highest mean normalised accuracy, {_mean(best.normalized):.4f}; the smallest alpha on ties"
+    # fmean's sums are exact, so that ties are ties in whatever order tasks come.
+    best = max(trials, key=lambda trial: (fmean(trial.normalized), -trial.alpha))
+    return best, f"highest mean normalised accuracy, {fmean(best.normalized):.4f}; the smallest alpha on ties"
 
 
 def _negate(trials: Sequence[Trial], floor: float) -> tuple[Trial, str]:
@@ -119,5 +117,5 @@ def _negate(trials: Sequence[Trial], floor: float) -> tuple[Trial, str]:
         raise TalosError(
             f"no alpha of the grid keeps the control accuracy at {floor:.4f}; add 0 to the grid, or smaller steps"
         )
-    best = min(allowed, key=lambda trial: (_mean(trial.accuracies), trial.alpha))
-    return best, f"lowest target accuracy, {_mean(best.accuracies):.4f}, with the control at {floor:.4f} or above"
+    best = min(allowed, key=lambda trial: (fmean(trial.accuracies), trial.alpha))
+    return best, f"lowest target accuracy, {fmean(best.accuracies):.4f}, with the control at {floor:.4f} or above"

@@ -13,6 +13,25 @@ def check_fraction(name: str, value: float) -> None:
         raise TalosError(f"{name}={value}: the fraction of entries to keep must be in (0, 1]")
 
 
+def resolve_density(density: float | None, sparsity: float | None = None) -> float:
+    """The fraction that trains, from either word for it; 0.1 without one.
+
+    Raises:
+        TalosError: both are given, or the density is outside (0, 1].
+    """
+    if density is not None and sparsity is not None:
+        raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
+    if sparsity is not None:
+        exact = Fraction(repr(float(sparsity))) if math.isfinite(sparsity) else sparsity
+        density = float(1 - exact)  # 0.1 of 0.9, not 0.09999999999999998
+    value = 0.1 if density is None else float(density)
+    if not 0.0 < value <= 1.0:
+        if sparsity is not None:
+            raise TalosError(f"sparsity={sparsity}: the fraction of entries that stays must be in [0, 1)")
+        raise TalosError(f"density={value}: the fraction of entries that trains must be in (0, 1]")
+    return value
+
+
 def share(fraction: float, total: int) -> int:
     """⌊fraction · total⌋ of the number as it is written: 0.29 of 100 is 29, not 28, as in binary fractions."""
     return math.floor(Fraction(repr(float(fraction))) * total)

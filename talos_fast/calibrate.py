@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos_fast.arguments import checked_seed, share
+from talos_fast.arguments import checked_seed, resolve_density, share
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Batches, Forward, default_forward, device_of
 from talos_fast.interrupt import interruptible
-from talos_fast.mask import Mask, resolve_density
+from talos_fast.mask import Mask
 from talos_fast.random_state import repeatable
 from talos_fast.restoring import restoring_parameters
-from talos_fast.rounds import Masks, RoundFile, Survivors, data_digest
+from talos_fast.rounds import Flags, RoundFile, Survivors, data_digest
 from talos_fast.sensitivity.engine import progress_bar
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.ranks import Ranks
@@ -172,11 +172,11 @@ class _RoundScores:
         self._batches = index + 1
         return self._ledger
 
-    def lowest(self, count: int, ranks: Ranks) -> tuple[Masks, list[Masks]]:
+    def lowest(self, count: int, ranks: Ranks) -> tuple[Flags, list[Flags]]:
         """The next masks: the ``count`` lowest entries of all, and as large a part of the watched rows by each half."""
         batches = self._batches
         ledger = self.begin_batch(batches)  # that never comes: ends the last one, and allocates on a rank without data
-        halves: list[Masks] = []
+        halves: list[Flags] = []
         if self._halves is not None and ranks.most(batches) > 1:
             for scores, kept in zip(self._halves.sums, self._state.halves, strict=True):
                 ranks.sum(scores.values())
@@ -192,7 +192,7 @@ class _RoundScores:
         return chosen, halves
 
 
-def _numel(masks: Masks) -> int:
+def _numel(masks: Flags) -> int:
     return sum(mask.numel() for mask in masks.values())
 
 
@@ -218,7 +218,7 @@ def _check_zeros(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count
         )  # fmt: skip
 
 
-def _lowest(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int) -> Masks:
+def _lowest(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], count: int) -> Flags:
     """Which entries of ``kept`` have the ``count`` lowest scores."""
     competing = {name: score if bool(kept[name].all()) else score[kept[name]] for name, score in scores.items()}
     chosen = select_extreme(competing, count)

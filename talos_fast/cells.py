@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from talos_fast import storage, vector_file
+from talos_fast import vector_file, writing
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
@@ -36,7 +36,7 @@ class Cells:
         self._memory: dict[str, Any] = {}
         if folder is None:
             return
-        mine = json.loads(storage.dumps(identity))
+        mine = json.loads(writing.dumps(identity))
         path = folder / IDENTITY
         theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
         if theirs != mine:
@@ -44,7 +44,7 @@ class Cells:
             raise TalosError(
                 f"{folder}: holds results of another plan ({differing}); give another folder, or remove it"
             )
-        storage.write_json(path, mine)
+        writing.write_json(path, mine)
 
     def value(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A JSON value, made once."""
@@ -53,7 +53,7 @@ class Cells:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return content
 
-        found: dict[str, Any] = self._get(make, f"{name}.json", storage.write_json, load)
+        found: dict[str, Any] = self._get(make, f"{name}.json", writing.write_json, load)
         return found
 
     def mask(self, name: str, make: Callable[[], Mask]) -> Mask:

@@ -1,6 +1,5 @@
 """A run that can be taken up again, one safetensors file: trained parameters, optimizer, position and random state."""
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from talos_fast import storage
-from talos_fast.errors import TalosError
 
 FILE = "checkpoint.safetensors"
 FIRST = "first"
@@ -56,23 +54,6 @@ class Progress:
     data: str
     loss: Tensor
     seconds: float = 0.0
-
-
-def require_same_run(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuses a file of another run; the key "data" stands for a digest of a batch.
-
-    Raises:
-        TalosError: says what differs.
-    """
-    for key, value in mine.items():
-        if theirs.get(key) != value:
-            what = f"{key}={theirs.get(key)!r}, this one has {key}={value!r}"
-            if key == "data":
-                what = "other batches: other data, another batch size, or another order"
-            raise TalosError(
-                f"{path}: of a run with {what}; use another checkpoint_dir, or start over with resume=False "
-                "(--no-resume)"
-            )
 
 
 @dataclass(frozen=True)
@@ -131,7 +112,7 @@ class Checkpoint:
         if not (self._resume and self.path.exists()):
             return None
         _, tensors, content = storage.read(self.path, ("checkpoint",))
-        require_same_run(self.path, content["identity"], self._identity)
+        storage.require_same_run(self.path, content["identity"], self._identity)
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, key = name.split(".", 1)
@@ -142,7 +123,6 @@ class Checkpoint:
             moments.setdefault(int(number), {})[key] = tensor
         progress = Progress(
             Position(**content["position"]), parts["epoch_random"], parts["step_random"],
-            content.get("data", ""), torch.tensor(content.get("loss", math.nan)),
-            content.get("seconds", 0.0),
+            content["data"], torch.tensor(content["loss"]), content["seconds"],
         )  # fmt: skip
         return Saved(progress, parts["parameter"], moments)

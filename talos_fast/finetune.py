@@ -14,7 +14,7 @@ from torch import nn
 from talos_fast.arguments import checked_seed
 from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
-from talos_fast.fingerprint import digest, fingerprint, require_base
+from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Batches, Forward, default_forward, require_plain
 from talos_fast.mask import Mask
 from talos_fast.methods import Compat, Options, Request, Setup, get_method
@@ -111,9 +111,7 @@ def finetune(
     options = Options(mask, density, finetuned, rank, lora_alpha)
     chosen.check(options)
     require_plain(model)
-    for what, recorded in (("the mask", mask), ("finetuned=", finetuned)):
-        if recorded is not None and recorded.base:
-            require_base(recorded.base, model, what)
+    options.require_base(model)
     base, start, earlier = fingerprint(model), time.perf_counter(), list[float]()
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, map_tensors
+from talos_fast.forward import Batch, tensors_of
 
 Fingerprint = dict[str, str]
 """Parameter name -> "dtype shape digest", such as "float32 768x768 9f86d081884c7d65"."""
@@ -83,14 +83,8 @@ def digest(recorded: Fingerprint) -> str:
 
 def batch_digest(batch: Batch) -> str:
     """One digest, as hex, of all tensors of a batch."""
-    found: Fingerprint = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        found[str(len(found))] = identify(tensor if tensor.layout is torch.strided else tensor.to_dense())
-        return tensor
-
-    map_tensors(note, batch)
-    return digest(found)
+    dense = (tensor if tensor.layout is torch.strided else tensor.to_dense() for tensor in tensors_of(batch))
+    return digest({str(number): identify(tensor) for number, tensor in enumerate(dense)})
 
 
 def base_numel(recorded: Fingerprint) -> int:

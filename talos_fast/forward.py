@@ -131,6 +131,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return _map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch, lambda node: False)
 
 
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Every tensor in the batch, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, batch)
+    return found
+
+
 def _map_leaves(function: Callable[[Any], Any], batch: Batch, is_leaf: Callable[[Any], bool]) -> Batch:
     def apply(leaf: Any) -> Any:
         if not isinstance(leaf, Mapping):

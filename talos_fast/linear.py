@@ -191,7 +191,7 @@ def holding(model: nn.Module, held: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for all modules but blocks that checkpoint themselves; all modes are as before afterwards."""
+    """Evaluation mode for all modules but blocks that checkpoint themselves; restores all modes on exit."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module, training in modes.items():
@@ -205,7 +205,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable_forward(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and kernels that torch's own forward-mode differentiation supports; all as before afterwards."""
+    """Evaluation mode and kernels that torch's own forward-mode differentiation supports; restores all on exit."""
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)

@@ -1,8 +1,6 @@
 """`Mask`: for each parameter name, which entries may move."""
 
-import math
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,30 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from talos_fast import storage
-from talos_fast.arguments import share
+from talos_fast.arguments import resolve_density, share
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Fingerprint, digest, identify
 from talos_fast.indexing import flat_indices
 from talos_fast.sensitivity.threshold import select_extreme
-
-
-def resolve_density(density: float | None, sparsity: float | None = None) -> float:
-    """The fraction that trains, from either word for it; 0.1 without one.
-
-    Raises:
-        TalosError: both are given, or the density is outside (0, 1].
-    """
-    if density is not None and sparsity is not None:
-        raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
-    if sparsity is not None:
-        exact = Fraction(repr(float(sparsity))) if math.isfinite(sparsity) else sparsity
-        density = float(1 - exact)  # 0.1 of 0.9, not 0.09999999999999998
-    value = 0.1 if density is None else float(density)
-    if not 0.0 < value <= 1.0:
-        if sparsity is not None:
-            raise TalosError(f"sparsity={sparsity}: the fraction of entries that stays must be in [0, 1)")
-        raise TalosError(f"density={value}: the fraction of entries that trains must be in (0, 1]")
-    return value
 
 
 class Mask(Mapping[str, Tensor]):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import nn
 
@@ -10,13 +10,12 @@ from talos_fast.along import movable, moved, require_parameters
 from talos_fast.alpha_search import GRID, AlphaSearch, choose_alpha
 from talos_fast.edit import by_first_names
 from talos_fast.errors import TalosError
-from talos_fast.evaluate import Accuracy
 from talos_fast.fingerprint import require_base
 from talos_fast.merging import combine
 from talos_fast.sparse_vector import require_several
 from talos_fast.task_vector import TaskVector
 
-Evaluate = Callable[[nn.Module], float | Accuracy]
+Evaluate = Callable[[nn.Module], SupportsFloat]
 """``evaluate(model) -> accuracy`` in [0, 1] of one task."""
 
 
@@ -107,7 +106,7 @@ def search_alpha(
     alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
     if not 0 <= control_floor <= 1:
         raise TalosError(f"control_floor={control_floor}: give a fraction of the control accuracy, 0 to 1")
-    vectors = require_several(vectors)
+    vectors = _named(base, vectors)
     for evaluator in (*evaluators, *(() if control is None else (control,))):
         if not callable(evaluator):
             raise TalosError(
@@ -118,17 +117,14 @@ def search_alpha(
         raise TalosError(f"{len(evaluators)} evaluators for {len(vectors)} task vectors; give one a vector")
     if not alphas:
         raise TalosError("the grid is empty; give at least one alpha")
-    vectors = _named(base, vectors)
     vector = combine(vectors, None, method, **options)
     if check_base:
         require_base(vector.base, base, "the task vector")
-    untouched = None if control is None else float(control(base))
     if control is None:
-        references = tuple(
-            _alone(base, single, evaluator) for single, evaluator in zip(vectors, evaluators, strict=True)
-        )
+        pairs = zip(vectors, evaluators, strict=True)
+        untouched, references = None, tuple(_alone(base, single, evaluator) for single, evaluator in pairs)
     else:
-        references = tuple(float(evaluator(base)) for evaluator in evaluators)
+        untouched, references = float(control(base)), tuple(float(evaluator(base)) for evaluator in evaluators)
     model, edit = movable(base, vector)
     accuracies, controls = [], []
     try:
@@ -145,7 +141,7 @@ def _named(base: nn.Module, vectors: Sequence[TaskVector]) -> list[TaskVector]:
     """The vectors with each parameter by its first name, so that they meet before they are combined."""
     vectors = require_several(vectors)
     deltas = [by_first_names(base, vector.deltas) for vector in vectors]
-    return [TaskVector.from_deltas(d, base=v.base, info=v.info) for d, v in zip(deltas, vectors, strict=True)]
+    return [vector.with_deltas(own) for vector, own in zip(vectors, deltas, strict=True)]
 
 
 def _alone(base: nn.Module, vector: TaskVector, evaluator: Evaluate) -> float:

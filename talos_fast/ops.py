@@ -36,30 +36,29 @@ def backend(device: torch.device | str) -> str:
     return "cpp" if kind == "cpu" and _no_cpp is None else "torch"
 
 
-_announced: set[str] = set()
-
-
-def announce_fallback(device: torch.device) -> None:
+@cache
+def announce_fallback(kind: str) -> None:
     """Says once for each kind of device that plain torch computes, why, and what to install."""
-    if device.type in _announced:
-        return
-    _announced.add(device.type)
-    if device.type == "cpu":
+    if kind == "cpu":
         library, reason, remedy = "C++ library", _no_cpp, "a C++ compiler"
-    elif device.type == "cuda":
+    elif kind == "cuda":
         library, reason, remedy = "CUDA library", _no_cuda, "the CUDA toolkit (nvcc) of torch's major CUDA version"
     else:
-        library, reason, remedy = "library", f"none is written for {device.type}", "nothing to install"
+        library, reason, remedy = "library", f"none is written for {kind}", "nothing to install"
     _logger.warning(
         "talos_fast computes in plain torch on %s, more slowly: its %s is missing (%s). To get it: %s, then reinstall.",
-        device.type, library, reason, remedy,
+        kind, library, reason, remedy,
     )  # fmt: skip
 
 
 library = torch.library.Library("talos_fast", "FRAGMENT")
 
 
-def register(schema: str, reference: Callable[..., None], fake: Callable[..., None]) -> None:
+def _nothing(*_args: object, **_kwargs: object) -> None:
+    """The fake of an operator that writes in place: nothing comes out."""
+
+
+def register(schema: str, reference: Callable[..., None], fake: Callable[..., None] = _nothing) -> None:
     """Registers ``torch.ops.talos_fast.*`` with a reference to fall back on: a kernel compiled for the device is first.
 
     Args:

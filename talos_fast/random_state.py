@@ -57,7 +57,7 @@ class RandomState:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's global generators, the CPU's and the device's, start from a seed inside; afterwards as they were."""
+    """torch's global generators, the CPU's and the device's, start from a seed inside, and are restored on exit."""
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not brought back
@@ -69,7 +69,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def repeatable(batches: Batches, seed: int, device: torch.device) -> Iterator[Batches]:
-    """The batches, which come in one order however often they are read; all generators are as they were afterwards."""
+    """The batches, which come in one order however often they are read; restores all generators on exit."""
     with seeded(seed, device):
         random = RandomState(batches, device)
         before = random.get()

@@ -1,7 +1,8 @@
 """A study as a table for the terminal, as Markdown, and as JSON."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,17 +19,12 @@ COLUMNS_MEANING = (
 COLUMNS = ("method", "lr", "single", "added", "norm.", "α", "target", "control", "s/task", "kB")
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
 def _mean_percent(values: Mapping[str, float]) -> str:
-    return _percent(_mean(values.values()) if values else None)
+    return _percent(fmean(values.values()) if values else None)
 
 
 def rows(result: StudyResult) -> list[tuple[str, ...]]:
@@ -45,14 +41,14 @@ def _row(result: MethodResult) -> tuple[str, ...]:
     return (
         result.method,
         f"{result.lr:g}",
-        _percent(_mean(result.single.values())),
-        _percent(_mean(result.added.values())),
-        _percent(_mean(result.normalized().values())),
+        _percent(fmean(result.single.values())),
+        _percent(fmean(result.added.values())),
+        _percent(fmean(result.normalized().values())),
         f"{result.addition.alpha:g}",
         _mean_percent(result.target),
         _mean_percent(result.control),
         f"{result.seconds / tasks:.1f}",
-        f"{_mean(result.vector_bytes.values()) / 1e3:.0f}",
+        f"{fmean(result.vector_bytes.values()) / 1e3:.0f}",
     )
 
 

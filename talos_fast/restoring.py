@@ -12,7 +12,7 @@ from talos_fast.interrupt import uninterrupted
 
 @contextmanager
 def restoring_modes(model: nn.Module) -> Iterator[None]:
-    """Every module trains or evaluates as before afterwards.
+    """Restores on exit which modules train and which evaluate.
 
     Through `train`, which some overrule to move weights between two forms, as LoRA layers do; then flag by flag.
     """
@@ -30,7 +30,7 @@ def restoring_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restoring_parameters(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Brings back the very bits of the parameters afterwards, whatever happened to them; a copy waits on the CPU."""
+    """Restores on exit the very bits of the parameters, whatever happened to them; a copy waits on the CPU."""
     originals = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
     try:
         yield

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talos_fast.checkpoint import require_same_run
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import batch_digest
 from talos_fast.forward import Batches
 from talos_fast.mask import Mask
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.stability import watched_rows
+from talos_fast.storage import require_same_run
 
 FILE = "calibration.safetensors"
 
 
-Masks = dict[str, Tensor]
+Flags = dict[str, Tensor]
 """Parameter name -> bool tensor, True = not rejected so far."""
 
 
@@ -37,8 +37,8 @@ class Survivors:
         samples: scored in the last round, on all ranks.
     """
 
-    kept: Masks
-    halves: list[Masks]
+    kept: Flags
+    halves: list[Flags]
     rows: dict[str, Tensor]
     round: int = 0
     seconds: float = 0.0
@@ -65,7 +65,7 @@ class Survivors:
         either = sum(int((one | other).sum()) for one, other in pairs)
         return round(sum(int((one & other).sum()) for one, other in pairs) / either, 4)
 
-    def alive(self) -> Masks:
+    def alive(self) -> Flags:
         """What any of the masks has kept."""
         alive = {name: torch.atleast_1d(mask).clone() for name, mask in self.kept.items()}
         for half in self.halves:

@@ -46,6 +46,10 @@ class SparseVector:
         self.deltas = {name: delta for name, delta in deltas.items() if len(delta.values)}
         self.base, self.info = dict(base), dict(info or {})
 
+    def with_deltas(self, deltas: Mapping[str, SparseDelta]) -> Self:
+        """Other changes of the same base, with the same provenance."""
+        return self.from_deltas(deltas, base=self.base, info=self.info)
+
     def __add__(self, other: Self) -> Self:
         if not isinstance(other, SparseVector):
             return NotImplemented
@@ -70,7 +74,7 @@ class SparseVector:
         if not math.isfinite(factor):
             raise TalosError(f"a task vector times {factor}: the factor must be a finite number")
         scaled = {name: delta.scaled(factor) for name, delta in self.deltas.items()}
-        return self.from_deltas(scaled, base=self.base, info=self.info)
+        return self.with_deltas(scaled)
 
     __rmul__ = __mul__
 
@@ -103,7 +107,7 @@ class SparseVector:
             if tuple(mask[name].shape) != delta.shape:
                 raise TalosError(f"{name!r}: the mask has shape {tuple(mask[name].shape)}, the vector {delta.shape}")
             kept[name] = delta.select(gather(mask[name], delta.indices))
-        return self.from_deltas(kept, base=self.base, info=self.info)
+        return self.with_deltas(kept)
 
     def dot(self, other: "SparseVector") -> float:
         """The inner product of the two deltas."""

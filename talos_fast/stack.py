@@ -41,18 +41,10 @@ def stacks(vectors: Sequence[SparseVector]) -> Iterator[tuple[str, Stack]]:
         shape = moving[0].shape
         if other := next((row.shape for row in moving if row.shape != shape), None):
             raise TalosError(f"{name!r}: vectors of shapes {shape} and {other} cannot be combined")
-        yield name, _stack(shape, rows, union(moving))
-
-
-def _stack(shape: tuple[int, ...], rows: Sequence[SparseDelta | None], indices: Tensor | None) -> Stack:
-    moving = [row.spread(indices) for row in rows if row is not None]
-    dtype = torch.float64 if any(row.values.dtype == torch.float64 for row in moving) else moving[0].values.dtype
-    values = moving[0].values.new_zeros(len(rows), len(moving[0].values), dtype=dtype)
-    spread = iter(moving)
-    for number, row in enumerate(rows):
-        if row is not None:
-            values[number] = next(spread).values
-    return Stack(shape, indices, values)
+        indices = union(moving)
+        spread = [None if row is None else row.spread(indices).values for row in rows]
+        still = torch.zeros_like(next(values for values in spread if values is not None))
+        yield name, Stack(shape, indices, torch.stack([still if values is None else values for values in spread]))
 
 
 def total(values: Tensor) -> Tensor:

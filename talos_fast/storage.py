@@ -1,4 +1,4 @@
-"""The file format of masks and task vectors: safetensors, packed selections, a checksum, atomic writes.
+"""The file format of masks and task vectors: safetensors, packed selections, a checksum.
 
 For a parameter ``w`` of n entries, k of them selected, a file holds
 
@@ -12,10 +12,7 @@ flat in C order, and for vectors ``w.values`` (k,). Everything else (shapes, bas
 import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from torch import Tensor
 
 from talos_fast.errors import TalosError
 from talos_fast.indexing import index_dtype
+from talos_fast.writing import atomic, json_for
 
 FORMAT_VERSION = 1
 
@@ -69,89 +67,21 @@ def unpack_selection(name: str, tensors: Mapping[str, Tensor], numel: int) -> Te
     return indices
 
 
-def require_folder(path: Path | None, option: str) -> None:
-    """Refuses a folder that cannot be made or written, before the work that is to go there; makes nothing.
+def require_same_run(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuses a file of another run; the key "data" stands for a digest of a batch.
 
     Raises:
-        TalosError: names the option and what stands in the way.
+        TalosError: says what differs.
     """
-    if path is None:
-        return
-    place = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
-    if not place.is_dir():
-        raise TalosError(f"{option} {path}: {place} is no folder; choose another place")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise TalosError(f"{option} {path}: {place} cannot be written; choose another place")
-
-
-def require_file(path: Path | None, option: str) -> None:
-    """Refuses a file that `atomic` could not write, before the work that is to go there; makes nothing.
-
-    Raises:
-        TalosError: names the option and what stands in the way.
-    """
-    if path is None:
-        return
-    if os.path.exists(path) and not path.is_file():
-        raise TalosError(f"{option} {path}: a {'folder' if path.is_dir() else 'device'}; give the name of a file")
-    require_folder(path.parent, option)
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``; what is written there replaces ``path`` only if nothing failed.
-
-    Raises:
-        TalosError: the folder cannot be written or the disk is full; the old file, if any, is untouched.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        yield Path(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes files private; give them the permissions that open() would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-        temporary = None
-    except (OSError, SafetensorError) as error:
-        raise TalosError(f"{path}: cannot be written ({error}); free some space or choose another place") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, atomically."""
-    write_text(path, _json(path, content, indent=2) + "\n")
-
-
-def dumps(content: Any, indent: int | None = None) -> str:
-    """Canonical JSON, with NumPy's numbers as plain ones."""
-
-    def plain(value: object) -> Any:
-        if isinstance(value, np.generic):
-            return value.item()
-        raise TypeError(f"a {type(value).__name__}")
-
-    return json.dumps(content, indent=indent, sort_keys=True, default=plain)
-
-
-def _json(path: Path, content: Any, indent: int | None = None) -> str:
-    try:
-        return dumps(content, indent)
-    except TypeError as error:
-        raise TalosError(f"{path}: what is to be written is no JSON ({error}); give plain numbers and texts") from error
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            what = f"{key}={theirs.get(key)!r}, this one has {key}={value!r}"
+            if key == "data":
+                what = "other batches: other data, another batch size, or another order"
+            raise TalosError(
+                f"{path}: of a run with {what}; use another checkpoint_dir, or start over with resume=False "
+                "(--no-resume)"
+            )
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -177,7 +107,7 @@ def write(path: Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping
         "talos_format": str(FORMAT_VERSION),
         "kind": kind,
         "checksum": _checksum(contiguous),
-        "content": _json(path, content),
+        "content": json_for(path, content),
     }
     with atomic(path) as temporary:
         save_file(contiguous, temporary, metadata=metadata)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from talos_fast import report, storage
+from talos_fast import report, writing
 from talos_fast.cells import Cells
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
@@ -26,7 +26,7 @@ RATES = {
     "nonlinear": (1e-5, 3e-5), "linearized": (3e-5, 1e-4), "l-lora": (3e-4, 1e-3), "lota": (3e-5, 1e-4),
     "talos": (1e-4, 3e-4),
 }  # fmt: skip
-"""Learning rates to choose from on tasks that no preset describes: as many for each method, around where it learns."""
+"""Learning rates to choose from where no preset gives one: two a method, around the rate at which it learns."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _keep_rates(cells: Cells, plan: Plan) -> None:
 
 
 def _write(result: StudyResult, device: torch.device, out: Path) -> None:
-    storage.write_text(out / "table.md", report.markdown(result))
-    storage.write_json(out / "report.json", report.to_json(result, device))
+    writing.write_text(out / "table.md", report.markdown(result))
+    writing.write_json(out / "report.json", report.to_json(result, device))
 
 
 def task_digest(task: Task) -> str:

@@ -1,6 +1,6 @@
-"""Printing tables of results to a terminal or a file."""
+"""Printing tables of results to a terminal."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -9,7 +9,13 @@ from rich.table import Table
 from talos_fast import report
 from talos_fast.study import StudyResult
 
-PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """A plain one."""
+    made = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def show(*things: Table | str) -> None:
@@ -24,7 +30,5 @@ def show(*things: Table | str) -> None:
 
 def show_means(result: StudyResult) -> None:
     """Prints a study's methods, a row each, and what the columns mean."""
-    table = Table(*report.COLUMNS, title="means over tasks, test accuracy in %", **PLAIN)
-    for row in report.rows(result):
-        table.add_row(*row)
-    show(table, report.COLUMNS_MEANING)
+    means = table(report.COLUMNS, report.rows(result), "means over tasks, test accuracy in %")
+    show(means, report.COLUMNS_MEANING)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from huggingface_hub import ModelHubMixin
-from torch import nn
+from torch import Tensor, nn
 
 from talos_fast import vector_file
 from talos_fast.delta import SparseDelta
@@ -79,6 +79,7 @@ class TaskVector(
         # What it is applied to. A module may go meanwhile; a dict cannot be referred to weakly, and is held.
         self._modules: WeakKeyDictionary[nn.Module, Edit] = WeakKeyDictionary()
         self._state_dicts: dict[int, tuple[Target, Edit]] = {}
+        self._replace_from: dict[str, Tensor] | None = None  # while `save_pretrained` writes trained entries
         self._hub_mixin_config = None  # everything is in our own files; no config.json of constructor arguments
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,25 +157,23 @@ class TaskVector(
                 the base, or of a vector that was scaled or summed and would be rounded.
         """
         vector_file.require_free(Path(save_directory))
-        self._encoding = (kind, base)
-        try:
-            return super().save_pretrained(save_directory, **hub_options)
-        except OSError as error:
-            raise TalosError(f"{save_directory}: cannot be written ({error})") from error
-        finally:
-            del self._encoding
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        kind, base = self._encoding
         if kind not in ("delta", "replace"):
             raise TalosError(f"kind={kind!r}: choose 'delta' or 'replace'")
         if kind == "replace" and base is None:
             raise TalosError("kind='replace' stores trained entries: pass the pre-trained model as base=")
         if base is not None:
-            require_base(self.base, base_tensors := named_tensors(base), "the task vector")
-        vector_file.save(
-            save_directory, self.deltas, None if base is None or kind == "delta" else base_tensors, self.base, self.info
-        )
+            tensors = named_tensors(base)
+            require_base(self.base, tensors, "the task vector")
+            self._replace_from = tensors if kind == "replace" else None
+        try:
+            return super().save_pretrained(save_directory, **hub_options)
+        except OSError as error:
+            raise TalosError(f"{save_directory}: cannot be written ({error})") from error
+        finally:
+            self._replace_from = None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        vector_file.save(save_directory, self.deltas, self._replace_from, self.base, self.info)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -9,10 +9,10 @@ from itertools import chain, islice
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from talos_fast.checkpoint import Checkpoint, Position, Progress, require_same_run
+from talos_fast.checkpoint import Checkpoint, Position, Progress
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import batch_digest
 from talos_fast.forward import Batch, Batches
@@ -20,6 +20,7 @@ from talos_fast.interrupt import interruptible, uninterrupted
 from talos_fast.methods import Setup
 from talos_fast.random_state import RandomState, seeded, sources
 from talos_fast.step import Amp, Loss, Step
+from talos_fast.storage import require_same_run
 
 Schedule = Literal["cosine", "constant"]
 
@@ -93,6 +94,9 @@ class Trainer:
         self._good = 0
         self._data = ""
         self.earlier_seconds, self._start = 0.0, time.perf_counter()
+        self._random: RandomState  # from here on set by `run`
+        self._progress: Progress
+        self._epoch_random: dict[str, Tensor]
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self._start

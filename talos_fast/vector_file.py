@@ -9,11 +9,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from talos_fast import storage
+from talos_fast import storage, writing
 from talos_fast.delta import SparseDelta
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Fingerprint, base_numel, require_base
-from talos_fast.indexing import gather, index_dtype
+from talos_fast.indexing import gather, index_dtype, scatter_
 
 FILE = "task_vector.safetensors"
 CONFIG = "task_vector_config.json"
@@ -53,7 +53,7 @@ def save(
         "density": moved / base_numel(base) if base else None,
         **content,
     }
-    storage.write_json(folder / CONFIG, summary)
+    writing.write_json(folder / CONFIG, summary)
 
 
 def require_free(folder: Path) -> None:
@@ -147,9 +147,9 @@ def _trained(name: str, delta: SparseDelta, base: Tensor) -> Tensor:
 
 
 def _replaced(name: str, base: Tensor, indices: Tensor | None, values: Tensor) -> SparseDelta:
-    tuned = base.reshape(-1).clone()
-    tuned[slice(None) if indices is None else indices] = values
-    return SparseDelta.between(name, base, tuned.view(base.shape))
+    tuned = base.clone()
+    scatter_(tuned, indices, values)
+    return SparseDelta.between(name, base, tuned)
 
 
 def _rest(name: str, tensors: Mapping[str, Tensor], values: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from talos_fast import Mask, TalosError, TaskVector
-from talos_fast.storage import require_file, require_folder, write_json
+from talos_fast.writing import require_file, require_folder, write_json
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 import talos_fast as talos
-from talos_fast import storage
+from talos_fast import writing
 from talos_fast.checkpoint import remove
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
@@ -79,8 +79,8 @@ def calibrate(
     batch_size: o.BatchSize = 32,
 ) -> None:
     """Find the entries that a task is least sensitive to, and write them as a mask."""
-    storage.require_file(out, "--out")
-    storage.require_folder(checkpoint_dir, "--checkpoint-dir")
+    writing.require_file(out, "--out")
+    writing.require_folder(checkpoint_dir, "--checkpoint-dir")
     task, backbone, classifier = run.classifier(data, weights)
     with o.resumable(checkpoint_dir):
         mask = talos.calibrate(
@@ -128,10 +128,10 @@ def finetune(
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Fine-tune on a task, and write the task vector. Interrupted, the same command goes on."""
-    storage.require_folder(out, "--out")
+    writing.require_folder(out, "--out")
     require_free(out)
     checkpoint = checkpoint_dir or out / "checkpoint"
-    storage.require_folder(checkpoint, "--checkpoint-dir")
+    writing.require_folder(checkpoint, "--checkpoint-dir")
     o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
     full = None if finetuned is None else o.load_vector(finetuned)
@@ -176,10 +176,9 @@ def demo(
     with needs("demo"):
         from talos_fast.demo.run import run as run_demo
 
-    storage.require_folder(out, "--out")
+    writing.require_folder(out, "--out")
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": run.seed}
     rates = {"nonlinear": nonlinear_lr, "talos": talos_lr}
-    tasks = None if data is None else o.load_tasks(data)
-    (control_task,) = [None] if control is None else o.load_tasks([control])
-    summary = run_demo(run.backbone(), tasks, control_task, out, given, rates, progress=not run.quiet)
-    storage.write_json(out / "report.json", summary)
+    tasks = None if data is None else [o.load_task(path) for path in data]
+    control_task = None if control is None else o.load_task(control)
+    run_demo(run.backbone(), tasks, control_task, out, given, rates, progress=not run.quiet)

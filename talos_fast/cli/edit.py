@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import talos_fast as talos
-from talos_fast import storage
+from talos_fast import writing
 from talos_fast.along import require_parameters
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
@@ -56,7 +56,7 @@ def merge(
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Add task vectors to a model, or subtract them, and write the edited encoder."""
-    storage.require_folder(out, "--out")
+    writing.require_folder(out, "--out")
     require_free(out)
     coefficient = _coefficient(alpha, weights, data, control, control_floor)
     vectors, options = _vectors(add, subtract), _options(method, option or [])
@@ -64,17 +64,16 @@ def merge(
         raise TalosError("no task vector: give --add or --subtract, once or more")
     for vector in vectors:
         require_parameters(vector, "merge")
-    if coefficient is None and len(data or []) != len(vectors):
-        raise TalosError(f"--alpha search needs the task of each vector: {len(data or [])} --data for {len(vectors)}")
     if coefficient is None:
-        _require_one_goal(add, subtract, control)
-    tasks, controls = o.load_tasks(data or []), o.load_tasks([control] if control else [])
+        _require_one_goal(add, subtract, control, data)
+    tasks = [o.load_task(path) for path in data or []]
+    control_task = None if control is None else o.load_task(control)
     backbone, report = run.backbone(), dict[str, Any]()
     if coefficient is None:
         floor = {} if control_floor is None else {"control_floor": control_floor}
         _require_order(vectors, tasks)
         base, found, check_base = _search(
-            backbone, onto, vectors, tasks, controls, batch_size, method=method, **floor, **options
+            backbone, onto, vectors, tasks, control_task, batch_size, method=method, **floor, **options
         )
         coefficient, report = found.alpha, {"search": found.to_json()}
         typer.echo(f"alpha {found.alpha:g}: {found.why}")
@@ -87,9 +86,9 @@ def merge(
         base, vectors, alpha=coefficient, weights=weights, method=method, inplace=True, check_base=check_base, **options
     )
     assert isinstance(edited, Classifier)
-    with storage.atomic(out / "model.safetensors") as temporary:
+    with writing.atomic(out / "model.safetensors") as temporary:
         save_file({name: t.contiguous().clone() for name, t in edited.encoder.state_dict().items()}, temporary)
-    storage.write_json(
+    writing.write_json(
         out / "merge.json",
         {**run.source(onto), "alpha": coefficient, "weights": weights, "method": method, "options": options,
          "add": [str(path) for path in add or []], "subtract": [str(path) for path in subtract or []], **report},
@@ -115,11 +114,11 @@ def evaluate(
     """Top-1 accuracy of a model, edited or not, on one or more tasks."""
     if split not in ("train", "validation", "test"):
         raise TalosError(f"--split {split}: choose train, validation or test")
-    storage.require_file(out, "--out")
+    writing.require_file(out, "--out")
     vectors = _vectors(add, subtract)
     if not vectors:
         o.refuse("without --add or --subtract", {"--alpha": alpha})
-    tasks = o.load_tasks(data)
+    tasks = [o.load_task(path) for path in data]
     check_distinct(tasks)
     backbone = run.backbone()
     # Heads may be computed with the encoder, so they come before any edit.
@@ -138,7 +137,7 @@ def evaluate(
         found[task.name] = {"accuracy": accuracy.value, "correct": accuracy.correct, "total": accuracy.total}
         typer.echo(f"{task.name}: {accuracy}")
     if out is not None:
-        storage.write_json(out, found)
+        writing.write_json(out, found)
 
 
 def _options(method: str, given: list[str]) -> dict[str, Any]:
@@ -180,8 +179,13 @@ def _coefficient(
         raise TalosError(f"--alpha {alpha}: give a number, or 'search'") from None
 
 
-def _require_one_goal(add: list[Path] | None, subtract: list[Path] | None, control: Path | None) -> None:
-    """Refuses a search that would raise what is to be forgotten, or lower what is to be learned."""
+def _require_one_goal(
+    add: list[Path] | None, subtract: list[Path] | None, control: Path | None, data: list[Path] | None
+) -> None:
+    """Refuses a search without the task of each vector, or that would raise what is to be forgotten, or the reverse."""
+    vectors, tasks = len([*(add or []), *(subtract or [])]), len(data or [])
+    if tasks != vectors:
+        raise TalosError(f"--alpha search needs the task of each vector: {tasks} --data for {vectors}")
     if add and subtract:
         raise TalosError(
             "--alpha search has one goal: give --add alone, or --subtract with --control; for both merge twice, the "
@@ -207,7 +211,7 @@ def _search(
     onto: Path | None,
     vectors: list[talos.TaskVector],
     tasks: list[Task],
-    controls: list[Task],
+    control: Task | None,
     size: int,
     **options: Any,
 ) -> tuple[Classifier, talos.AlphaSearch, bool]:
@@ -217,11 +221,11 @@ def _search(
         return classifier, lambda _: talos.evaluate(classifier, batches)
 
     made = [evaluator(task) for task in tasks]
-    control = evaluator(controls[0])[1] if controls else None
+    keep = None if control is None else evaluator(control)[1]
     base = made[0][0]
     check_base = _load_edit(base, onto, vectors)
     found = talos.search_alpha(
-        base, vectors, evaluate=[evaluate for _, evaluate in made], control=control, check_base=check_base, **options
+        base, vectors, evaluate=[evaluate for _, evaluate in made], control=keep, check_base=check_base, **options
     )
     return base, found, check_base
 

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 import talos_fast as talos
-from talos_fast import storage
+from talos_fast import writing
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest
@@ -16,7 +15,7 @@ from talos_fast.mask import Mask
 from talos_fast.plots import plot_interference, plot_mask
 from talos_fast.plots.figure import require_picture
 from talos_fast.structure import KINDS, density_by_part
-from talos_fast.tables import show
+from talos_fast.tables import show, table
 from talos_fast.task_vector import TaskVector
 from talos_fast.vector_file import FILE
 
@@ -46,11 +45,11 @@ def inspect(
     kinds = [kind for kind in KINDS if any(kind == k for _, k in counts)]
     of_vector = isinstance(thing, TaskVector)  # which knows nothing of tensors that it leaves alone
     title = "fraction that moved, of the tensors that moved" if of_vector else "fraction that trains"
-    table = Table("layer", *kinds, title=title)
-    for layer in dict.fromkeys(layer for layer, _ in counts):
-        cells = [f"{counts[layer, kind].density:.3f}" if (layer, kind) in counts else "" for kind in kinds]
-        table.add_row(layer, *cells)
-    show(table)
+    rows = [
+        [layer, *(f"{counts[layer, kind].density:.3f}" if (layer, kind) in counts else "" for kind in kinds)]
+        for layer in dict.fromkeys(layer for layer, _ in counts)
+    ]
+    show(table(["layer", *kinds], rows, title))
     if plot is not None:
         plot_mask(mask, plot, title=str(path))
         typer.echo(f"{plot}: the structure of the {'task vector' if of_vector else 'mask'}")
@@ -63,17 +62,14 @@ def interference(
     plot: Annotated[Path | None, typer.Option(help="Draw the four matrices: .png, .pdf or .svg.")] = None,
 ) -> None:
     """Where task vectors get in each other's way: cosine, overlap, sign conflicts and shared norm of every pair."""
-    storage.require_file(out, "--out")
+    writing.require_file(out, "--out")
     require_picture(plot, "--plot")
     if len(vectors) < 2:
         raise TalosError(f"{vectors[0]}: one vector has nothing to get in its way; give two or more")
     report = talos.interference([o.load_vector(path) for path in vectors], names=_names(vectors))
-    table = Table(*COLUMNS)
-    for row in report.rows():
-        table.add_row(*row)
-    show(table)
+    show(table(COLUMNS, report.rows()))
     if out is not None:
-        storage.write_json(out, report.to_json())
+        writing.write_json(out, report.to_json())
     if plot is not None:
         plot_interference(report, plot)
 

@@ -101,8 +101,7 @@ class Run:
 
     def classifier(self, data: Path, weights: Path | None) -> tuple[Task, Backbone, Classifier]:
         """A task, the model, and its classifier for the task with the encoder's ``weights``, or `TalosError`."""
-        (task,) = load_tasks([data])
-        backbone = self.backbone()
+        task, backbone = load_task(data), self.backbone()
         classifier = backbone.classifier(task)
         load_weights(classifier, weights)
         return task, backbone, classifier
@@ -167,16 +166,12 @@ def load_vector(path: Path) -> TaskVector:
     return TaskVector.from_pretrained(path)
 
 
-def load_tasks(paths: list[Path]) -> list[Task]:
-    """Tasks from files, or ``TalosError``.
+def load_task(path: Path) -> Task:
+    """A task from files, or ``TalosError``.
 
     ``demo:NAME`` is a task of the embedded default, ``hub:SOURCE@REVISION`` a Hugging Face data set (``hub:FOLDER`` a
     local one).
     """
-    return [_load_task(path) for path in paths]
-
-
-def _load_task(path: Path) -> Task:
     if str(path).startswith("hub:"):
         source, _, revision = str(path).removeprefix("hub:").partition("@")
         return tasks.from_hub(source, revision=revision or None)

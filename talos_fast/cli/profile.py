@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import talos_fast as talos
-from talos_fast import storage
+from talos_fast import writing
 from talos_fast.cli import options as o
 from talos_fast.step import Amp
 
@@ -35,8 +35,8 @@ def profile(
     batch_size: o.BatchSize = 128,
 ) -> None:
     """Time and memory of a training iteration, beside full fine-tuning, with the counted floor."""
-    storage.require_file(trace, "--trace")
-    storage.require_file(out, "--out")
+    writing.require_file(trace, "--trace")
+    writing.require_file(out, "--out")
     o.require_mask(method, mask)
     selected = None if mask is None else talos.Mask.load(mask)
     changed = None if finetuned is None else o.load_vector(finetuned)
@@ -48,4 +48,4 @@ def profile(
     )  # fmt: skip
     typer.echo(str(found))
     if out is not None:
-        storage.write_json(out, {**found.to_json(), **run.source(weights), "task": task.name})
+        writing.write_json(out, {**found.to_json(), **run.source(weights), "task": task.name})

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from talos_fast import storage
+from talos_fast import writing
 from talos_fast.cli import options as o
 from talos_fast.errors import TalosError
 from talos_fast.study import MethodResult, Plan
@@ -56,7 +56,7 @@ def suite(
     test_limit: Annotated[int | None, typer.Option(min=1, help="At most this many test inputs.")] = None,
 ) -> None:
     """Run a table: methods × tasks, fine-tuned, added and negated. Stopped in any way, the same command goes on."""
-    storage.require_folder(out, "--out")
+    writing.require_folder(out, "--out")
     chosen = choose_methods(methods or ["all"])
     given = _given([*(tasks or []), *(more or [])], preset, data, control, run.seed)
     defaults: dict[str, tuple[float, ...]] = {m: RATES[m] if given.lr is None else (given.lr,) for m in chosen}
@@ -90,11 +90,11 @@ def _done(row: MethodResult) -> str:
 def _given(paths: list[Path], preset: str | None, data: Path | None, control: Path | None, seed: int) -> _Given:
     if (preset is None) == (not paths):
         raise TalosError("give either --preset with --data, or --tasks")
-    control_task = None if control is None else o.load_tasks([control])[0]
+    control_task = None if control is None else o.load_task(control)
     if preset is None:
         if data is not None:
             raise TalosError(f"--data {data} is the folder of a preset; give tasks with --tasks")
-        return _Given(o.load_tasks(paths), control_task)
+        return _Given([o.load_task(path) for path in paths], control_task)
     known = get_preset(preset)
     if data is None:
         raise TalosError(f"--preset {preset} needs --data, a folder with a folder for each of {', '.join(known.tasks)}")

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from talos_fast import report, storage
+from talos_fast import report, writing
 from talos_fast.demo.tasks import control_task, demo_tasks
 from talos_fast.disentanglement import disentanglement_error
 from talos_fast.errors import TalosError
@@ -16,7 +15,7 @@ from talos_fast.forward import device_of
 from talos_fast.models import Backbone
 from talos_fast.plots import plot_disentanglement, plot_mask
 from talos_fast.study import Plan, Study, StudyResult
-from talos_fast.tables import PLAIN, show, show_means
+from talos_fast.tables import show, show_means, table
 from talos_fast.tasks import Task
 
 # TaLoS moves a tenth of the entries, nearly all of them queries and keys, and so needs the larger steps. Each method
@@ -36,7 +35,7 @@ def run(
     rates: Mapping[str, Sequence[float] | None],
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs the study, prints the tables, and writes masks, vectors, ``table.md`` and the plots to ``out``.
+    """Runs the study, prints the tables, and writes masks, vectors, table, plots and ``report.json`` to ``out``.
 
     Args:
         backbone: the pre-trained model.
@@ -67,12 +66,13 @@ def run(
         for name, vector in vectors.items():
             vector.save_pretrained(out / "vectors" / method / name)
     _plots(study, result, chosen, out)
-    storage.write_text(out / "table.md", report.markdown(result))
+    writing.write_text(out / "table.md", report.markdown(result))
     summary = {
         **report.to_json(result, device_of(backbone.encoder)),
         "model": backbone.name,
         "seconds": round(time.perf_counter() - start, 1),
     }
+    writing.write_json(out / "report.json", summary)
     show(f"{summary['seconds']:.0f} s in all; table, report, masks, vectors and plots are in {out}/")
     return summary
 
@@ -90,10 +90,8 @@ def _plan(default: Plan, changes: Mapping[str, Any], rates: Mapping[str, Sequenc
 
 def _print(result: StudyResult) -> None:
     methods = [method.method for method in result.methods]
-    per_task = Table("task", "zero-shot", *methods, title="single / added / after negation, %", **PLAIN)
-    for row in report.task_rows(result):
-        per_task.add_row(*row)
-    show(per_task)
+    columns = ["task", "zero-shot", *methods]
+    show(table(columns, report.task_rows(result), "single / added / after negation, %"))
     show_means(result)
     for method in result.methods:
         tried = ", ".join(f"{lr}: {100 * value:.1f}" for lr, value in method.validation_by_lr.items())

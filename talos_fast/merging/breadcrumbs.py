@@ -25,11 +25,11 @@ def breadcrumbs(vectors: Sequence[TaskVector], *, beta: float = 0.85, gamma: flo
     """
     if not (beta >= 0 and gamma >= 0 and beta + gamma < 1):
         raise TalosError(f"beta={beta}, gamma={gamma}: fractions to remove; both from 0, and less than 1 together")
-    cut = []
-    for vector in vectors:
-        kept = {name: _between(delta, beta, gamma) for name, delta in vector.deltas.items()}
-        cut.append(TaskVector.from_deltas(kept, base=vector.base, info=vector.info))
-    return entrywise(cut, total)
+    return entrywise([_cut(vector, beta, gamma) for vector in vectors], total)
+
+
+def _cut(vector: TaskVector, beta: float, gamma: float) -> TaskVector:
+    return vector.with_deltas({name: _between(delta, beta, gamma) for name, delta in vector.deltas.items()})
 
 
 def _between(delta: SparseDelta, beta: float, gamma: float) -> SparseDelta:

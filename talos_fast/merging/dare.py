@@ -24,7 +24,7 @@ def drop_and_rescale(vectors: Sequence[TaskVector], density: float, seed: int) -
             delta = vector.deltas[name]
             keep = torch.rand(len(delta.values), generator=generator, dtype=torch.float32, device="cpu") < density
             kept[name] = delta.select(keep.to(delta.values.device)).scaled(1.0 / density)
-        thinned.append(TaskVector.from_deltas(kept, base=vector.base, info=vector.info))
+        thinned.append(vector.with_deltas(kept))
     return thinned
 
 

@@ -14,7 +14,7 @@ from talos_fast.task_vector import TaskVector
 Scope = Literal["global", "per_tensor"]
 
 
-def trim(vector: TaskVector, density: float, scope: Scope = "global") -> TaskVector:
+def trim(vector: TaskVector, density: float, scope: Scope) -> TaskVector:
     """The largest changes of a vector, by magnitude; the rest is zero.
 
     Args:
@@ -26,13 +26,13 @@ def trim(vector: TaskVector, density: float, scope: Scope = "global") -> TaskVec
     groups = [vector.deltas] if scope == "global" else [{name: delta} for name, delta in vector.deltas.items()]
     kept: dict[str, SparseDelta] = {}
     for group in groups:
-        total = vector.numel if scope == "global" else sum(delta.numel for delta in group.values())
-        count = max(1, share(density, total))
+        entries = vector.numel if scope == "global" else sum(delta.numel for delta in group.values())
+        count = max(1, share(density, entries))
         if count < sum(len(delta.values) for delta in group.values()):
             chosen = select_extreme({name: delta.values.abs() for name, delta in group.items()}, count, "highest")
             group = {name: delta.select(chosen[name]) for name, delta in group.items()}
         kept |= group
-    return TaskVector.from_deltas(kept, base=vector.base, info=vector.info)
+    return vector.with_deltas(kept)
 
 
 def elected_mean(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from talos_fast.arguments import check_weight_decay
 from talos_fast.delta import SparseDelta
 from talos_fast.errors import TalosError
+from talos_fast.fingerprint import require_base
 from talos_fast.forward import Batch, Forward
 from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
@@ -42,6 +43,12 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, kind | None):
                 raise TalosError(f"{name}= is a {type(value).__name__}; give a talos_fast.{kind.__name__}")
+
+    def require_base(self, model: nn.Module) -> None:
+        """Refuses a mask or a vector of another model; `TalosError` names the first tensor that differs."""
+        for what, recorded in (("the mask", self.mask), ("finetuned=", self.finetuned)):
+            if recorded is not None and recorded.base:
+                require_base(recorded.base, model, what)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from talos_fast.arguments import resolve_density
 from talos_fast.delta import SparseDelta
 from talos_fast.errors import TalosError
-from talos_fast.mask import Mask, resolve_density
+from talos_fast.mask import Mask
 from talos_fast.methods.base import Request, Setup, trainable
 from talos_fast.methods.masked import masked
 from talos_fast.methods.nonlinear import nonlinear

@@ -32,7 +32,7 @@ class Compaction:
         carriers: parameter -> its carrier.
     """
 
-    def __init__(self, selections: Mapping[Tensor, Selection], norm: Entries, accumulate: int = 1) -> None:
+    def __init__(self, selections: Mapping[Tensor, Selection], norm: Entries, accumulate: int) -> None:
         self.norm, self.accumulate, self.active, self.removed = norm, accumulate, True, False
         self._passes: dict[Tensor, int] = {}
         self._handles: list[RemovableHandle] = []

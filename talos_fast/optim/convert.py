@@ -1,14 +1,11 @@
 """State dicts of `MaskedAdam` to and from those of `torch.optim.AdamW`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from talos_fast.optim.masks import Masks, check_mask, masks_by_parameter, pack, unpack
 from talos_fast.optim.state import MOMENTS, State
-
-StateDict = dict[str, Any]
+from talos_fast.optim.state_dict import StateDict
 
 
 def to_adamw(state_dict: StateDict) -> StateDict:

@@ -58,10 +58,13 @@ class MaskedGradients(AdamW):
         self._clip = Clip(norm, max_norm)
         return norm
 
-    @property
-    def _clip_divisor(self) -> Tensor | None:
-        """What the coming step divides unscaled gradients by, 0-d, at least 1; None where nothing is to be clipped."""
-        return None if self._clip is None else self._clip.divisor(getattr(self, "grad_scale", None))
+    def _divisor(self) -> Tensor | None:
+        """What the step divides gradients by: GradScaler's scale (set with ``fused=True``) times what clips."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if self._clip is None:
+            return scale
+        divisor = self._clip.divisor(scale)
+        return divisor if scale is None else scale * divisor.to(scale.device)
 
     def compact_gradients(self, norm: Entries = "selected", accumulate: int = 1) -> Compaction:
         """From now on keeps of each masked parameter's gradient, as soon as it is complete, its selected entries only.

@@ -13,9 +13,8 @@ from talos_fast.errors import TalosError
 from talos_fast.optim import launch
 from talos_fast.optim.launch import Launch
 from talos_fast.optim.selection import Selection
-from talos_fast.optim.state import MOMENTS, Member, State
+from talos_fast.optim.state import MOMENTS, Group, Member, State
 
-Group = Mapping[str, Any]
 Gradients = Sequence[Tensor | None]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -167,7 +167,7 @@ class MaskedAdam(MaskedGradients):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = self._total_grad_scale(), getattr(self, "found_inf", None)
+        grad_scale, found_inf = self._divisor(), getattr(self, "found_inf", None)
         if not self._launches.check(self.param_groups, self.state):
             self._follow()
         for group in self.param_groups:
@@ -211,13 +211,6 @@ class MaskedAdam(MaskedGradients):
                 state = self.state[p] = start(p, selection, group)
             pairs.append((Member(p, selection, state), gradient))
         return pairs
-
-    def _total_grad_scale(self) -> Tensor | None:
-        """What gradients are divided by: GradScaler's scale (set with ``fused=True``) times the divisor that clips."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is None or self._clip_divisor is None:
-            return self._clip_divisor if grad_scale is None else grad_scale
-        return grad_scale * self._clip_divisor.to(grad_scale.device)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; masked parameters have compact state, their ``mask`` (packed bits, uint8) and ``shape``.

@@ -14,6 +14,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 State = dict[str, Tensor]
 
+Group = Mapping[str, Any]
+"""The hyperparameters of one parameter group, as torch keeps them."""
+
 
 class Member(NamedTuple):
     """A parameter that steps: its selection is None where all of it trains."""
@@ -33,7 +36,7 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def start(p: Tensor, selection: Selection | None, group: Mapping[str, Any]) -> State:
+def start(p: Tensor, selection: Selection | None, group: Group) -> State:
     """The state of a parameter before its first step.
 
     Raises:

@@ -5,7 +5,7 @@ by torch's AdamW and scattered back. Parameters without a mask are torch's.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,9 @@ from talos_fast import ops
 from talos_fast.indexing import gather, scatter_
 from talos_fast.optim.adam_operator import corrections
 from talos_fast.optim.selection import Selection
-from talos_fast.optim.state import Member, state_dtype
+from talos_fast.optim.state import Group, Member, state_dtype
 
 _COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-Group = Mapping[str, Any]
 
 
 def step_others(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from talos_fast.errors import TalosError, needs
-from talos_fast.storage import atomic, require_file
+from talos_fast.writing import atomic, require_file
 
 
 def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:

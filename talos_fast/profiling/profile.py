@@ -1,8 +1,6 @@
 """`profile`: what an iteration costs on the user's own model, mask and batch, beside full fine-tuning."""
 
 import gzip
-from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 
@@ -23,9 +21,9 @@ from talos_fast.profiling.result import BASELINE, Profile, Row
 from talos_fast.profiling.work import Work, entries_that_train, step_bytes
 from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
 from talos_fast.step import Amp, Loss, autocasts, require_amp_and_clip
-from talos_fast.storage import atomic, require_file
 from talos_fast.task_vector import TaskVector
 from talos_fast.train import train_mode
+from talos_fast.writing import atomic, require_file
 
 
 def profile(
@@ -80,7 +78,8 @@ def profile(
     options = Options(mask, density, finetuned, rank, lora_alpha)
     get_method(method).check(options)
     device = device_of(model)
-    with _unchanged(model), restoring_parameters(dict(model.named_parameters())):
+    random = torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda})
+    with restoring_all_but_parameters(model), random, restoring_parameters(dict(model.named_parameters())):
         batch = to_device(_first(batches), device)
         train_mode(model)
         bench = _Bench(model, batch, forward or default_forward, loss or F.cross_entropy, clip, amp, compile)
@@ -154,17 +153,6 @@ def _first(batches: Batches) -> Batch:
     for batch in batches:
         return batch
     raise TalosError("batches: there is no batch; give at least one")
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Brings back flags, modes, buffers and the random state, and drops gradients."""
-    with restoring_all_but_parameters(model), torch.random.fork_rng(devices=_cuda_devices(model)):
-        yield
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
 def _write_trace(iteration: FinetuneIteration, path: Path) -> None:

@@ -196,8 +196,8 @@ def _bytes_of(p: Tensor, mask: Tensor | None) -> int:
     return 3 * SECTOR * touched_sectors(mask, width) + moments * selected + index
 
 
-def touched_sectors(mask: Tensor, width: int = 4) -> int:
-    """How many 32-byte sectors hold a selected entry, for entries of ``width`` bytes lying in C order."""
-    entries = SECTOR // width
+def touched_sectors(mask: Tensor, width: int = 4, size: int = SECTOR) -> int:
+    """How many sectors of ``size`` bytes hold a selected entry, for entries of ``width`` bytes lying in C order."""
+    entries = size // width
     flat = mask.reshape(-1)
     return int(F.pad(flat, (0, -len(flat) % entries)).view(-1, entries).any(1).sum())

@@ -152,7 +152,7 @@ def _check(scores: Tensor, inputs: Tensor, grad_outputs: Tensor, scale: Tensor |
 
 
 def _accumulate_in_torch(scores: Tensor, inputs: Tensor, grad_outputs: Tensor, scale: Tensor | None = None) -> None:
-    ops.announce_fallback(scores.device)
+    ops.announce_fallback(scores.device.type)
     accumulate_squared_per_sample_reference(scores, inputs, grad_outputs, scale)
 
 

@@ -1,7 +1,7 @@
 """The rule of `nn.MultiheadAttention`, whose projections are hidden in one function, and of learned biases."""
 
 import inspect
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,22 +15,12 @@ from talos_fast.sensitivity.uses import Outer, PerSample
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Arguments of `F.multi_head_attention_forward` by name."""
-
-    given: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return self.given[name]
-
-
 @rule(F.multi_head_attention_forward)
 def multi_head_attention(capture: Capture, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """softmax(q kᵀ/√d + mask) v between linear maps; activations are (T, N, E) or (T, E)."""
     bound = _SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
-    a = _Arguments(bound.arguments)
+    a = SimpleNamespace(**bound.arguments)
     if a.bias_k is not None or a.bias_v is not None or a.add_zero_attn or a.static_k is not None:
         raise UncoveredError("attention with keys and values of its own")
     if a.static_v is not None or (a.training and a.dropout_p) or a.query.dim() != 3:
@@ -52,28 +42,23 @@ def multi_head_attention(capture: Capture, *args: Any, **kwargs: Any) -> tuple[T
     return output, weights
 
 
-def _projected(capture: Capture, a: _Arguments) -> tuple[Tensor, ...]:
+def _projected(capture: Capture, a: SimpleNamespace) -> tuple[Tensor, ...]:
     """Queries, keys and values, each (T, N, E)."""
-    width = a.query.shape[2]
+    width, inputs = a.query.shape[2], (a.query, a.key, a.value)
     weight, bias = a.in_proj_weight, a.in_proj_bias
+    parts = [slice(n * width, (n + 1) * width) for n in range(3)]
     if a.use_separate_proj_weight:
         weights = (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
-        parts = [slice(n * width, (n + 1) * width) for n in range(3)]
         return tuple(
-            _linear(capture, x, w, bias, slice(None), part)
-            for x, w, part in zip((a.query, a.key, a.value), weights, parts, strict=True)
+            _linear(capture, x, w, bias, slice(None), part) for x, w, part in zip(inputs, weights, parts, strict=True)
         )
     if a.key is a.value and a.query is a.key:
         return tuple(_linear(capture, a.query, weight, bias).chunk(3, -1))
     if a.key is a.value:
         rest = slice(width, 3 * width)
         keys, values = _linear(capture, a.key, weight, bias, rest, rest).chunk(2, -1)
-        head = slice(0, width)
-        return _linear(capture, a.query, weight, bias, head, head), keys, values
-    parts = [slice(n * width, (n + 1) * width) for n in range(3)]
-    return tuple(
-        _linear(capture, x, weight, bias, part, part) for x, part in zip((a.query, a.key, a.value), parts, strict=True)
-    )
+        return _linear(capture, a.query, weight, bias, parts[0], parts[0]), keys, values
+    return tuple(_linear(capture, x, weight, bias, part, part) for x, part in zip(inputs, parts, strict=True))
 
 
 def _linear(
@@ -96,7 +81,7 @@ def _linear(
     return capture.use(output, {weight: lambda g, split: Outer(split(x), split(g), first), bias: shift}, x)
 
 
-def _bias(a: _Arguments, samples: int, like: Tensor, keys: int) -> Tensor | None:
+def _bias(a: SimpleNamespace, samples: int, like: Tensor, keys: int) -> Tensor | None:
     """Both masks as one additive one, broadcastable to (N, heads, T, keys); True means hidden."""
     total = None
     attention, padding = a.attn_mask, a.key_padding_mask

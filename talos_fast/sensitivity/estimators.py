@@ -68,7 +68,7 @@ class Draws:
     samples: Sequence[int]
     repeat: int = 0
 
-    def _generators(self) -> "list[torch.Generator]":
+    def _generators(self) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(_mix(self.seed, sample, self.repeat)) for sample in self.samples]
 
     def signs(self, width: int) -> Tensor:

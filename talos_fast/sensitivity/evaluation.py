@@ -31,19 +31,15 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     try:
         model.requires_grad_(False)
         _refuse_batch_statistics(model)
-        with torch.inference_mode(False), torch.enable_grad(), _unfused_and_eager(), _sound(model):
+        with (
+            torch.inference_mode(False), torch.enable_grad(), _unfused_and_eager(),
+            _evaluation_mode(model), _without_caches(model), _sound_batch_norms(model),
+        ):  # fmt: skip
             yield
     finally:
         with uninterrupted():
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _sound(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without what makes gradients wrong there."""
-    with _evaluation_mode(model), _without_caches(model), _sound_batch_norms(model):
-        yield
 
 
 @contextmanager

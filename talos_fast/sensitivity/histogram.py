@@ -1,4 +1,4 @@
-"""The operator ``talos_fast::radix_histogram_``: its shape under torch.compile, and its reference in plain torch."""
+"""The operator ``talos_fast::radix_histogram_``: its checks, and its reference in plain torch."""
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def _check(counts: Tensor, scores: Tensor, digit: int, prefix: int) -> None:
 
 
 def _in_torch(counts: Tensor, scores: Tensor, digit: int, prefix: int) -> None:
-    ops.announce_fallback(scores.device)
+    ops.announce_fallback(scores.device.type)
     radix_histogram_reference(counts, scores, digit, prefix)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward, functional_forward, map_tensors, take
+from talos_fast.forward import Batch, Forward, functional_forward, map_tensors, take, tensors_of
 from talos_fast.sensitivity.process_wide import ProcessWide
 from talos_fast.sensitivity.uses import Accumulator
 
@@ -64,17 +64,11 @@ def _by_vmap(
     numbers: range,
 ) -> dict[str, Tensor]:
     """Name -> per-sample gradients (N, *shape), by ``vmap(grad)``."""
-    rows: list[Tensor] = []
 
     def is_led_by_samples(tensor: Tensor) -> bool:
         return tensor.dim() > 0 and tensor.shape[0] == len(probe)
 
-    def collect(tensor: Tensor) -> Tensor:
-        if is_led_by_samples(tensor):
-            rows.append(tensor[numbers.start : numbers.stop])
-        return tensor
-
-    map_tensors(collect, batch)
+    rows = [tensor[numbers.start : numbers.stop] for tensor in tensors_of(batch) if is_led_by_samples(tensor)]
 
     def scalar(tracked: dict[str, Tensor], coefficients: Tensor, *rows: Tensor) -> Tensor:
         split = iter(rows)
@@ -132,7 +126,7 @@ def gradients_one_by_one(
 
 @contextmanager
 def _receiving(parameters: Mapping[str, Tensor], receive: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Gradients that a backward leaves in the parameters go to ``receive`` instead; theirs are as before afterwards.
+    """Gradients that a backward leaves in the parameters go to ``receive`` instead; restores theirs on exit.
 
     Raises:
         TalosError: a backward within the backward (a checkpoint of the model's own) brought a gradient in parts.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.storage import dumps
+from talos_fast.writing import dumps
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Ranks:
         except (Exception, KeyboardInterrupt) as error:
             failure = error
         mine = 0 if failure is None else 1 if isinstance(failure, KeyboardInterrupt) else 2
-        worst = int(self._reduce(torch.tensor(mine, device="cpu"), dist.ReduceOp.MAX))
+        worst = self.most(mine)
         if failure is not None:
             raise failure
         if worst == 2:

@@ -83,7 +83,7 @@ class Scorer:
         return ledger
 
     def score(
-        self, batches: Batches, ledger_of: Callable[[int], Ledger], seed: int, ranks: "Ranks",
+        self, batches: Batches, ledger_of: Callable[[int], Ledger], seed: int, ranks: Ranks,
         labels: Sequence[Tensor] | None = None, bar: Callable[[Batches], Iterable[Batch]] = iter,
         stop: Callable[[], bool] = lambda: False,
     ) -> int:  # fmt: skip

@@ -34,7 +34,7 @@ def kth_smallest(scores: Mapping[str, Tensor], k: int, group: dist.ProcessGroup 
     """The k-th smallest entry (k from 1) of all tensors together, and how many are strictly below it.
 
     Args:
-        scores: name -> non-negative tensor, on any devices; compared in fp32; +inf is allowed (never wanted).
+        scores: name -> non-negative tensor, on any devices; compared in fp32; +inf counts as the largest.
         k: 1 … number of entries.
         group: the scores of all its ranks count together, each rank giving its own ``scores``, none twice, and the
             same ``k``. All ranks get the same result, and all raise if one must.

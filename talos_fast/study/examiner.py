@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from talos_fast.evaluate import evaluate_along
-from talos_fast.forward import Batches, default_forward, device_of, map_tensors, to_device
+from talos_fast.forward import Batches, default_forward, device_of, tensors_of, to_device
 from talos_fast.models import Backbone, Classifier
 from talos_fast.study.plan import Plan
 from talos_fast.task_vector import TaskVector
@@ -20,14 +20,8 @@ PREPARED_BYTES = 2**28
 
 def prepared(batches: DataLoader[Any]) -> Batches:
     """The batches as a list, or the loader itself if they would take more than `PREPARED_BYTES`."""
-    sizes: list[int] = []
-
-    def weigh(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.nbytes)
-        return tensor
-
-    map_tensors(weigh, next(iter(batches)))
-    return list(batches) if sum(sizes) * len(batches) <= PREPARED_BYTES else batches
+    size = sum(tensor.nbytes for tensor in tensors_of(next(iter(batches))))
+    return list(batches) if size * len(batches) <= PREPARED_BYTES else batches
 
 
 class Examiner:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from talos_fast.alpha_search import GRID, AlphaSearch
-from talos_fast.arguments import check_weight_decay, checked_seed
+from talos_fast.arguments import check_weight_decay, checked_seed, resolve_density
 from talos_fast.errors import TalosError
-from talos_fast.mask import Mask, resolve_density
+from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
 
 LEAST = {

@@ -1,4 +1,4 @@
-"""A study: every task fine-tuned by every method, added, and negated; what `talos-fast demo` runs."""
+"""A study: every task fine-tuned by every method, added, and negated; what `talos-fast demo` and `suite` run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

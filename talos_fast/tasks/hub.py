@@ -109,11 +109,6 @@ def from_hub(
     return Task(title, names, tuple(templates), train, validation, test)
 
 
-def rows_of(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Every split of a `DatasetDict` as a list of rows."""
-    return {split: list(part) for split, part in content.items()}
-
-
 def _input_column(features: Mapping[str, Any], source: str) -> str:
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     if len(images) == 1:

@@ -9,7 +9,7 @@ from talos_fast.errors import TalosError, needs
 from talos_fast.tasks import language, vision, vision_names
 from talos_fast.tasks.base import Task
 from talos_fast.tasks.files import load
-from talos_fast.tasks.hub import load_dataset, rows_of
+from talos_fast.tasks.hub import load_dataset
 from talos_fast.tasks.splits import ALIASES, complete
 
 
@@ -79,8 +79,7 @@ def read_vision(name: str, folder: Path, seed: int) -> Task:
         names, templates = _imagenet_prompts()
     else:
         templates = vision_names.TEMPLATES[name]
-    given = {"gtsrb": vision_names.GTSRB, "mnist": vision_names.DIGITS, "svhn": vision_names.DIGITS}.get(name, names)
-    return _named(Task(name, tuple(n.replace("_", " ") for n in given or ()), templates, train, validation, test))
+    return _named(Task(name, tuple(n.replace("_", " ") for n in names or ()), templates, train, validation, test))
 
 
 def _named(task: Task) -> Task:
@@ -104,8 +103,8 @@ def _imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def read_language(name: str, folder: Path, seed: int) -> Task:
     """A language task from the files of its data set on the Hub, or Story Cloze from its two CSV files."""
     source = language.SOURCES[name]
-    rows = language.story_cloze_rows(folder) if name == "story_cloze" else rows_of(load_dataset(folder))
-    known = {ALIASES.get(split.lower(), split): part for split, part in rows.items()}
+    splits = language.story_cloze_rows(folder) if name == "story_cloze" else load_dataset(folder)
+    known = {ALIASES.get(split.lower(), split): list(rows) for split, rows in splits.items()}
     found = source.read(known, str(folder))
     return Task(name, source.answers, (), found["train"], found["validation"], found["test"])
 

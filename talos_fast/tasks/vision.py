@@ -13,6 +13,7 @@ from talos_fast.errors import TalosError, needs
 from talos_fast.tasks.base import Split
 from talos_fast.tasks.files import IMAGE_SUFFIXES
 from talos_fast.tasks.splits import hold_out
+from talos_fast.tasks.vision_names import DIGITS, GTSRB
 
 Found = tuple[dict[str, Split], tuple[str, ...] | None]
 """Splits by name, and class names if the source has them, in the order of the labels."""
@@ -87,7 +88,7 @@ def gtsrb(folder: Path, seed: int) -> Found:
             f"{table}: no columns Filename and ClassId separated by ';'; fetch {root.name}'s ground truth again"
         )
     test = _images([pictures / row["Filename"] for row in rows], [int(row["ClassId"]) for row in rows])
-    return {"train": train, "test": test}, None
+    return {"train": train, "test": test}, GTSRB
 
 
 def mnist(folder: Path, seed: int) -> Found:
@@ -97,7 +98,7 @@ def mnist(folder: Path, seed: int) -> Found:
         images = _idx(folder, f"{prefix}-images-idx3-ubyte")
         labels = _idx(folder, f"{prefix}-labels-idx1-ubyte").astype(np.int64)
         splits[split] = Split(np.repeat(images[..., None], 3, axis=-1), labels)
-    return splits, None
+    return splits, DIGITS
 
 
 def resisc45(folder: Path, seed: int) -> Found:
@@ -135,7 +136,7 @@ def svhn(folder: Path, seed: int) -> Found:
         content = _mat(root / f"{split}_32x32.mat")
         labels = np.asarray(content["y"], dtype=np.int64).reshape(-1) % 10
         splits[split] = Split(np.ascontiguousarray(np.moveaxis(content["X"], -1, 0)), labels)
-    return splits, None
+    return splits, DIGITS
 
 
 def imagenet(folder: Path, seed: int) -> Found:
