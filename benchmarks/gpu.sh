@@ -3,23 +3,26 @@
 #
 #   benchmarks/gpu.sh [build] [tests] [compiled] [sanitizer] [step] [kernels] [calibration] [table]    no name: all
 #
-# Each part has its own time limit (calibration and table: each of their models) and its own log; one that fails does not
+# Each part has its own time limit (step, calibration and table: each of their models) and its own log; one that fails does not
 # stop the others, and the summary at the end says which did. Where talos_fast is not installed with its libraries, build
 # comes first by itself. Paths are from the root of the repository.
 #
 #   PYTHON   the Python with torch (default: python3). build installs talos_fast into it, editable. A system's Python that
 #            refuses (PEP 668) can lend its packages to one that does not:
 #            python3 -m venv --system-site-packages build/gpu && PYTHON=build/gpu/bin/python benchmarks/gpu.sh
-#   OUT      where everything is written (default: gpu-output); at the end also as one file, OUT.tar.gz
+#   OUT      where everything is written (default: gpu-output); at the end also as one file, OUT.tar.gz. A lent machine
+#            that gives back a few files from a folder OUT of its own: R=$OUT; OUT=gpu-output benchmarks/gpu.sh build table;
+#            cp gpu-output.tar.gz gpu-output/summary.txt "$R"
 #   WHEELS   a folder of wheels that this Python lacks, such as setuptools where it is older than 77, or expecttest, or
 #            open_clip_torch with timm, ftfy, wcwidth and regex: installed into build/site, not into the Python. Without
-#            open_clip no row of a ViT can be measured, and that part fails.
+#            open_clip no row of a ViT can be measured, and that part fails; without expecttest the optimizer is not
+#            tested under the configurations of torch's own suite.
 #   LIMIT    seconds a part, or a model (default: 590)
 #   BUDGET   seconds for all of it (default: no limit): a part ends with it, and what would begin after it is not run. Where
 #            a machine is lent by the minute, what matters most comes first, in calls such as
 #            BUDGET=540 LIMIT=200 OPTIONS="--variants paper,eager" benchmarks/gpu.sh build table tests
 #            and another OUT for the next; tables go on where their files lie in OUT.
-#   MODELS   of calibration and table (default: ViT-B-32 ViT-L-14 T5-Large; in calibration also ViT-B-32-timm, whose
+#   MODELS   of step, calibration and table (default: ViT-B-32 ViT-L-14 T5-Large; in calibration also ViT-B-32-timm, whose
 #            attention other libraries support)
 #   OPTIONS  more options for the benchmarks, such as "--batch 64"
 #   TALOS_REVISION  what results are said to be of, in a copy without .git
@@ -112,7 +115,7 @@ sanitizer() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitizer-$tool" \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no --target-processes all \
       "${ours[@]/#/--kernel-name=kns=}" \
-      "$python" -m pytest "${of_kernels[@]}" -m gpu -q -x -p no:cacheprovider -k "not compile and not opcheck and not 3072 and not 1024"
+      "$python" -m pytest "${of_kernels[@]}" -m gpu -q -x --continue-on-collection-errors -p no:cacheprovider -k "not compile and not opcheck and not 3072 and not 1024"
   done
 }
 
@@ -120,7 +123,7 @@ sanitizer() {
 benchmark=("$python" -m pytest -q -s -p no:cacheprovider --show-capture=no --benchmark --preset gpu --results "$out")
 benchmark+=("${options[@]}")
 
-step() { run step "${benchmark[@]}" benchmarks/step.py; }
+step() { each step "${tabled[@]}"; }
 
 kernels() { run kernels "${benchmark[@]}" benchmarks/sensitivity_kernels.py -k cuda; }
 
@@ -152,6 +155,8 @@ if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
   echo "benchmarks/gpu.sh: $python has no torch that sees a CUDA device; set PYTHON to one that has" >&2
   exit 2
 fi
+archive() { tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")" && echo "all of it: $out.tar.gz"; }
+trap archive EXIT  # also where somebody stops it before its end
 machine 2>&1 | tee "$out/machine.txt"
 if [ -n "${WHEELS:-}" ]; then  # whatever the parts are: another call may have built without them
   run wheels "$python" -m pip install --no-index --no-deps --upgrade --target "$site" "$WHEELS"/*.whl
@@ -163,5 +168,4 @@ for part in "${parts[@]}"; do
   [ "$part" != build ] || built || break
 done
 printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
-tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")" && echo "all of it: $out.tar.gz"
 exit "$failed"

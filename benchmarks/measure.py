@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+AHEAD = 40_000_000  # cycles of a GPU: some 20 ms
 
 
 def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -37,10 +38,14 @@ def interleaved(
     }
 
 
-def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Of one call, what the host has to do included; on a GPU by its own clock."""
+def seconds(run: Callable[[], object], device: str = "cpu", ahead: int = 0) -> float:
+    """Of one call; on a GPU by its own clock.
+
+    ``ahead``: cycles that the GPU sleeps first, so that the host has asked for everything before it begins; otherwise
+    it waits for the host, and that counts.
+    """
     if device == "cuda":
-        return _between_events(run)
+        return _between_events(run, ahead)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -53,11 +58,10 @@ def seconds_queued(run: Callable[[], object], calls: int = 20) -> float:
         for _ in range(calls):
             run()
 
-    return _between_events(queue, ahead=40_000_000) / calls  # some 20 ms: else the GPU waits for each launch
+    return _between_events(queue, AHEAD) / calls
 
 
-def _between_events(run: Callable[[], object], ahead: int = 0) -> float:
-    """``ahead``: cycles of the GPU in which the host gets ahead of it."""
+def _between_events(run: Callable[[], object], ahead: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if ahead:

@@ -11,7 +11,7 @@ from typing import Any
 
 from aims import aims
 from efficiency import plot
-from show import ALONE, BASELINE, COUNTED, LEGEND, ORDER, SHOWN, VARIANTS, figures, heading, precision, rows_of, short
+from show import BASELINE, COUNTED, LEGEND, ORDER, SHOWN, VARIANTS, figures, heading, notes, precision, rows_of, short
 
 from talos_fast.markdown import grid
 
@@ -31,8 +31,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def markdown(contents: list[dict[str, Any]]) -> str:
     """The aims; then one table a model, machine and variant; what nobody has measured is named."""
     lines = ["**The aims, for talos over full fine-tuning**", "", grid(aims(contents, MODELS)), "", LEGEND, ""]
-    if any(row.get("alone") for content in contents for row in content["rows"]):
-        lines += [ALONE.replace("* ", r"\* "), ""]
+    for note in notes(contents):
+        lines += [note.replace("* ", r"\* "), ""]
     for content in contents:
         lines += [*_tables(content), *_over_the_paper(content)]
     missing = [model for model in MODELS if model not in {content["model"] for content in contents}]

@@ -25,6 +25,7 @@ median of the rounds' ratios: the milliseconds of two rows, divided, do not give
 iteration adds to it, as the paper's is; "above the model" is what it adds. The last columns are counted: GFLOP of the
 matrix products of an iteration (with the gradients of selected rows only, where that is less), bytes kept for the
 backward pass, bytes that the optimizer's step moves, graph breaks of what is compiled."""
+WAITED = "† the GPU waited for the host: the time is what the host needed to ask for it"
 ALONE = "* measured after full fine-tuning, not in turn with it: memory does not hold both"
 
 
@@ -126,7 +127,8 @@ def figures(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
     if "missing" in row:
         return [f"not measured: {row['missing']}", *[""] * (len(SHOWN) + len(COUNTED) - 1)]
     found = cells(content, row)
-    return [*(figure(column, found.get(column)) for column in SHOWN), *counted(content, row)]
+    first, *others = (figure(column, found.get(column)) for column in SHOWN)
+    return [first + " †" * row.get("waited_for_host", False), *others, *counted(content, row)]
 
 
 def text(content: dict[str, Any]) -> str:
@@ -141,8 +143,14 @@ def _lines(content: dict[str, Any]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         yield "  ".join(f"{value:{width}s}" for value, width in zip(row, widths, strict=True)).rstrip()
-    if any(row.get("alone") for row in content["rows"]):
-        yield ALONE
+    yield from notes([content])
+
+
+def notes(contents: list[dict[str, Any]]) -> list[str]:
+    """What the marks mean that stand in the tables."""
+    rows = [row for content in contents for row in content["rows"]]
+    marks = (("alone", ALONE), ("waited_for_host", WAITED))
+    return [meaning for key, meaning in marks if any(row.get(key) for row in rows)]
 
 
 def heading(content: dict[str, Any]) -> str:

@@ -179,6 +179,11 @@ class TestMeasure:
         assert mine.median("clip", "step") == 4.0
         assert mine.ratio(theirs) == 0.5
 
+    def test_a_gpu_that_waits_for_the_host_is_told_from_one_that_works(self):
+        phases = {p: [1.0, 3.0, 2.0] for p in PHASES}
+        assert Timings(phases, [1.0, 2.9, 1.9]).waited_for_host
+        assert not Timings(phases, [1.0, 1.5, 0.5]).waited_for_host and not Timings(phases).waited_for_host
+
     def test_peak_is_seen_though_it_is_freed(self):
         def run():
             torch.ones(16 * 2**20)
@@ -218,7 +223,7 @@ class TestMeasure:
         assert kept.device.type == "cuda"
         assert memory.peak(lambda: torch.ones(2**20, device=device)) == before + 4 * 2**20
         timings = interleave({"a": Recorded("a", [])}, device, warmup=0, rounds=2)
-        assert len(timings["a"].of()) == 2
+        assert len(timings["a"].of()) == len(timings["a"].host) == 2
         assert min(timings["a"].of()) >= 0
 
 

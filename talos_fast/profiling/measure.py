@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -29,9 +29,11 @@ class Timings:
 
     Args:
         seconds: phase -> one number a round.
+        host: until the host had asked a GPU for all of "forward_backward"; empty on a CPU, which is the host.
     """
 
     seconds: Mapping[str, list[float]]
+    host: list[float] = field(default_factory=list)
 
     def of(self, *phases: str) -> list[float]:
         """The sum of these phases, of all without arguments, for each round."""
@@ -45,6 +47,11 @@ class Timings:
         """The median over the rounds of this time / the reference's in the same round: slow moments cancel."""
         pairs = zip(self.of(*phases), reference.of(*phases), strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    @property
+    def waited_for_host(self) -> bool:
+        """Whether a GPU was done with "forward_backward" about when the host was: a faster one would not help."""
+        return bool(self.host) and statistics.median(self.host) > 0.9 * self.median("forward_backward")
 
 
 def peak(iteration: FinetuneIteration, memory: Memory, compiles: bool) -> int | None:
@@ -78,30 +85,38 @@ def interleave(
         warmup: rounds that are not counted.
         rounds: rounds that are.
     """
-    seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in iterations}
+    found = {name: Timings({phase: [] for phase in PHASES}) for name in iterations}
     for turn in range(warmup + rounds):
         for name, iteration in iterations.items():
-            times = _timed(iteration, device)
-            if turn >= warmup:
-                for phase, elapsed in zip(PHASES, times, strict=True):
-                    seconds[name][phase].append(elapsed)
-    return {name: Timings(phases) for name, phases in seconds.items()}
+            iteration.prepare()
+            times, host = _on_cuda(iteration, device) if device.type == "cuda" else (_on_host(iteration), None)
+            if turn < warmup:
+                continue
+            for phase, elapsed in zip(PHASES, times, strict=True):
+                found[name].seconds[phase].append(elapsed)
+            if host is not None:
+                found[name].host.append(host)
+    return found
 
 
-def _timed(iteration: FinetuneIteration, device: torch.device) -> list[float]:
-    iteration.prepare()
-    if device.type != "cuda":
-        stamps = [time.perf_counter()]
-        iteration.run(lambda: stamps.append(time.perf_counter()))
-        return [after - before for before, after in pairwise(stamps)]
+def _on_host(iteration: FinetuneIteration) -> list[float]:
+    stamps = [time.perf_counter()]
+    iteration.run(lambda: stamps.append(time.perf_counter()))
+    return [after - before for before, after in pairwise(stamps)]
+
+
+def _on_cuda(iteration: FinetuneIteration, device: torch.device) -> tuple[list[float], float]:
+    """The phases by the device's clock, and the first one by the host's, which does not wait for the device in it."""
     torch.cuda.synchronize(device)
     events: list[Any] = []
+    stamps = []
 
     def mark() -> None:
+        stamps.append(time.perf_counter())
         events.append(torch.cuda.Event(enable_timing=True))
         events[-1].record(torch.cuda.current_stream(device))
 
     mark()
     iteration.run(mark)
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)], stamps[1] - stamps[0]

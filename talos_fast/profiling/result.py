@@ -63,6 +63,11 @@ class Profile:
             if name != BASELINE:
                 ratios = [f"{self.ratio(name, column):.3f}" for column in COLUMNS]
                 lines.append(_line(f"/ {BASELINE}", *ratios, _over(row.peak_bytes, self.rows[BASELINE].peak_bytes)))
+        lines += [
+            f"{name}: the GPU waited for the host, which is what fwd-bwd measures here"
+            for name, row in self.rows.items()
+            if row.timings.waited_for_host
+        ]
         return "\n".join([*lines, "", *(_counted(name, row) for name, row in self.rows.items())])
 
     def _heading(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -169,7 +170,7 @@ def _row_fraction(mask: Tensor | None) -> float:
 
 def entries_that_train(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> int:
     """How many entries move; parameters without a mask train whole."""
-    return sum(int(masks[name].sum()) if masks and name in masks else p.numel() for name, p in trained.items())
+    return sum(_count(masks[name]) if masks and name in masks else p.numel() for name, p in trained.items())
 
 
 def step_bytes(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> int:
@@ -190,7 +191,7 @@ def _bytes_of(p: Tensor, mask: Tensor | None) -> int:
     width = p.element_size()
     if mask is None:
         return p.numel() * 7 * width  # torch's moments are of the parameter's dtype
-    selected = int(mask.sum())
+    selected = _count(mask)
     index = min(2 * selected, -(-p.numel() // 8))
     moments = 4 * max(4, width) + (8 if width < 4 else 0)  # ours are wide, with a wide copy of 16-bit entries
     return 3 * SECTOR * touched_sectors(mask, width) + moments * selected + index
@@ -200,4 +201,9 @@ def touched_sectors(mask: Tensor, width: int = 4, size: int = SECTOR) -> int:
     """How many sectors of ``size`` bytes hold a selected entry, for entries of ``width`` bytes lying in C order."""
     entries = size // width
     flat = mask.reshape(-1)
-    return int(F.pad(flat, (0, -len(flat) % entries)).view(-1, entries).any(1).sum())
+    return _count(F.pad(flat, (0, -len(flat) % entries)).view(-1, entries).any(1))
+
+
+def _count(flags: Tensor) -> int:
+    """How many are True; torch's own sum takes ninety times as long."""
+    return int(np.count_nonzero(flags.cpu().numpy()))
