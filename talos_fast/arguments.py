@@ -2,13 +2,27 @@
 
 import math
 from fractions import Fraction
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 from talos_fast.errors import TalosError
 
 
+def require_number(name: str, value: Any) -> None:
+    """Refuses what is no real number, True and False among them."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TalosError(f"{name}={value!r}: must be a number, not a {type(value).__name__}")
+
+
+def require_integer(name: str, value: Any, least: int) -> None:
+    """Refuses what is no integer, or too small a one."""
+    if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= least):
+        raise TalosError(f"{name}={value!r}: must be an integer, at least {least}")
+
+
 def check_fraction(name: str, value: float) -> None:
     """Refuses what is no fraction in (0, 1]."""
+    require_number(name, value)
     if not 0.0 < value <= 1.0:
         raise TalosError(f"{name}={value}: the fraction of entries to keep must be in (0, 1]")
 
@@ -17,8 +31,11 @@ def resolve_density(density: float | None, sparsity: float | None = None) -> flo
     """The fraction that trains, from either word for it; 0.1 without one.
 
     Raises:
-        TalosError: both are given, or the density is outside (0, 1].
+        TalosError: both are given, one is no number, or the density is outside (0, 1].
     """
+    for name, given in (("density", density), ("sparsity", sparsity)):
+        if given is not None:
+            require_number(name, given)
     if density is not None and sparsity is not None:
         raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
     if sparsity is not None:
@@ -46,5 +63,6 @@ def checked_seed(name: str, value: int) -> int:
 
 def check_weight_decay(value: float) -> None:
     """Refuses what moves weights away from zero, or nowhere."""
+    require_number("weight_decay", value)
     if not 0 <= value < math.inf:
         raise TalosError(f"weight_decay={value}: must be finite, at least 0")

@@ -3,17 +3,16 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from talos_fast.arguments import checked_seed, resolve_density, share
+from talos_fast.arguments import checked_seed, require_integer, require_number, resolve_density, share
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
-from talos_fast.forward import Batches, Forward, default_forward, device_of
+from talos_fast.forward import Batches, Forward, default_forward, device_of, unwrapped
 from talos_fast.interrupt import interruptible
 from talos_fast.mask import Mask
 from talos_fast.random_state import repeatable
@@ -23,7 +22,7 @@ from talos_fast.sensitivity.engine import progress_bar
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Ledger, Scorer
-from talos_fast.sensitivity.selection import maskable_parameters, patterns, unwrapped
+from talos_fast.sensitivity.selection import maskable_parameters, patterns
 from talos_fast.sensitivity.threshold import select_extreme
 from talos_fast.sensitivity.uses import Precision
 from talos_fast.stability import Halves
@@ -144,8 +143,8 @@ def calibrate(
 
 
 def _check(rounds: int, damage: float) -> None:
-    if not (isinstance(rounds, Integral) and rounds >= 1):
-        raise TalosError(f"rounds={rounds}: must be an integer, at least 1")
+    require_integer("rounds", rounds, 1)
+    require_number("damage", damage)
     if not 0.0 <= damage <= 1.0:
         raise TalosError(
             f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"
@@ -180,7 +179,7 @@ class _RoundScores:
         if self._halves is not None and ranks.most(batches) > 1:
             for scores, kept in zip(self._halves.sums, self._state.halves, strict=True):
                 ranks.sum(scores.values())
-                halves.append(_lowest(scores, kept, round(count * _numel(kept) / _numel(self._state.kept))))
+                halves.append(_lowest(scores, kept, max(1, round(count * _numel(kept) / _numel(self._state.kept)))))
         ranks.sum(accumulator.values for accumulator in ledger.values())
         scores = {name: accumulator.values for name, accumulator in ledger.items()}
         inside = {name: accumulator.wanted(self._state.kept[name]) for name, accumulator in ledger.items()}

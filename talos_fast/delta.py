@@ -12,6 +12,16 @@ from talos_fast.indexing import flat_indices, gather
 from talos_fast.storage import selection_nbytes
 
 
+def _require_numbers(name: str, tensor: Tensor) -> None:
+    what = type(tensor.data).__name__
+    if what == "DTensor":  # importing the class would take longer than this library
+        raise TalosError(f"{name!r} is a DTensor; gather the state dict first, such as with get_model_state_dict")
+    if tensor.is_meta:
+        raise TalosError(f"{name!r} is on the meta device, without numbers; load its weights first")
+    if tensor.element_size() < 2:
+        raise TalosError(f"{name!r} is {tensor.dtype}, which cannot be added to; convert the model to 16 bits or more")
+
+
 @dataclass(frozen=True)
 class SparseDelta:
     """The change of one tensor: ``values`` at flat, ascending C-order ``indices`` of a tensor of ``shape``.
@@ -35,8 +45,10 @@ class SparseDelta:
         """The delta that takes ``base`` to ``finetuned`` exactly; both of one shape and dtype, any strides.
 
         Raises:
-            TalosError: shapes or dtypes differ, or an entry is NaN or infinite.
+            TalosError: shapes or dtypes differ, an entry is NaN or infinite, or a tensor has no numbers of its own.
         """
+        for tensor in (base, finetuned):
+            _require_numbers(name, tensor)
         if base.shape != finetuned.shape or base.dtype != finetuned.dtype:
             raise TalosError(
                 f"{name!r}: pretrained is {base.dtype} {tuple(base.shape)}, finetuned is {finetuned.dtype} "

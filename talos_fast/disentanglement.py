@@ -81,7 +81,7 @@ def disentanglement_error(
     for model in models:
         require_base(common(vectors)[0], model, "the task vectors")
     planes = [_Plane(model, vectors) for model in models]
-    errors = torch.zeros(len(alphas), len(alphas))
+    errors = torch.zeros(len(alphas), len(alphas), dtype=torch.float32, device="cpu")
     try:
         for task, (plane, classify) in enumerate(zip(planes, predict, strict=True)):
             points = [(alpha, 0.0) if task == 0 else (0.0, alpha) for alpha in alphas]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from talos_fast.delta import SparseDelta, union
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Target, named_tensors
+from talos_fast.forward import unwrapped
 from talos_fast.indexing import gather, scatter_
 from talos_fast.interrupt import uninterrupted
 
@@ -22,6 +23,13 @@ class _Touched:
     indices: Tensor | None
     original: Tensor
     directions: tuple[tuple[int, SparseDelta], ...]
+
+    def moved(self, coefficients: Sequence[float]) -> Tensor:
+        """The entries at original + Σ coefficient * delta."""
+        edited = self.original.to(torch.float64, copy=True)
+        for number, delta in self.directions:
+            delta.add_to(edited, coefficients[number])
+        return edited.to(self.original.dtype)
 
 
 class Edit:
@@ -44,29 +52,48 @@ class Edit:
             for name, delta in fitting(target, deltas).items():
                 grouped.setdefault(name, []).append((number, delta.to(tensors[name].device)))
         self._count = len(directions)
+        self._coefficients: tuple[float, ...] = (0.0,) * len(directions)
         self._touched = [_touch(tensors[name], moving) for name, moving in grouped.items()]
 
     def move(self, *coefficients: float) -> None:
         """Sets every touched entry to base + Σ coefficient * delta, computed in double and rounded once.
 
         Raises:
-            TalosError: another number of coefficients, or one that is NaN or infinite; nothing is written then.
+            TalosError: another number of coefficients, or one that is NaN or infinite or takes an entry there; the
+                base is there then.
         """
         if len(coefficients) != self._count:
             raise TalosError(f"{len(coefficients)} coefficients for {self._count} directions; give one each")
         require_finite(coefficients)
         with uninterrupted():
-            for touched in self._touched:
-                edited = touched.original.to(torch.float64, copy=True)
-                for number, delta in touched.directions:
-                    delta.add_to(edited, coefficients[number])
-                scatter_(touched.tensor, touched.indices, edited.to(touched.original.dtype))
+            sound = [self._write(touched, coefficients) for touched in self._touched]
+            if not all(map(bool, sound)):
+                self.revert()
+                raise TalosError(
+                    f"coefficients {coefficients}: too large, entries of the model would be NaN or infinite"
+                )
+            self._coefficients = coefficients
+
+    @staticmethod
+    def _write(touched: _Touched, coefficients: Sequence[float]) -> Tensor:
+        """Whether what was written is finite, as a tensor: no device is waited for between two of them."""
+        edited = touched.moved(coefficients)
+        scatter_(touched.tensor, touched.indices, edited)
+        return edited.isfinite().all()
+
+    def in_place(self) -> bool:
+        """Whether every touched entry is what the last `move` wrote."""
+        return all(
+            torch.equal(gather(touched.tensor, touched.indices), touched.moved(self._coefficients))
+            for touched in self._touched
+        )
 
     def revert(self) -> None:
         """Restores the very bits that were there."""
         with uninterrupted():
             for touched in self._touched:
                 scatter_(touched.tensor, touched.indices, touched.original)
+            self._coefficients = (0.0,) * self._count
 
 
 def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:
@@ -95,6 +122,7 @@ def by_first_names(target: Target, deltas: Mapping[str, SparseDelta]) -> dict[st
     """
     if not isinstance(target, nn.Module):
         return dict(deltas)
+    target = unwrapped(target)
     names = {p: name for name, p in target.named_parameters()}
     first = {name: names[p] for name, p in target.named_parameters(remove_duplicate=False)}
     found: dict[str, SparseDelta] = {}

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from talos_fast.arguments import checked_seed
+from talos_fast.arguments import checked_seed, require_integer, require_number
 from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
@@ -163,8 +162,9 @@ def _recipe(
         raise TalosError(f"epochs={epochs} and steps={steps}: give one of them")
     for name, value, least in (("epochs", epochs, 1), ("steps", steps, 1), ("accumulate", accumulate, 1),
                                ("warmup", warmup, 0)):  # fmt: skip
-        if value is not None and not (isinstance(value, Integral) and value >= least):
-            raise TalosError(f"{name}={value}: must be an integer, at least {least}")
+        if value is not None:
+            require_integer(name, value, least)
+    require_number("lr", lr)
     if not 0 < lr < math.inf:
         raise TalosError(f"lr={lr}: must be positive and finite")
     if schedule not in ("cosine", "constant"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, tensors_of
+from talos_fast.forward import Batch, tensors_of, unwrapped
 
 Fingerprint = dict[str, str]
 """Parameter name -> "dtype shape digest", such as "float32 768x768 9f86d081884c7d65"."""
@@ -23,21 +23,34 @@ Target = nn.Module | Mapping[str, Tensor]
 def named_tensors(target: Target | str | Path) -> dict[str, Tensor]:
     """The floating-point tensors of a module, a state dict or a ``.safetensors`` checkpoint, by name.
 
-    A module gives its parameters and its floating-point buffers that would be saved; tied parameters come once.
+    A module gives its parameters and its floating-point buffers that would be saved; tied parameters come once, and
+    wrappers are looked through, see `unwrapped`.
     The tensors share memory with the target, so editing them edits it.
 
     Raises:
         TalosError: the checkpoint is missing or cannot be read.
     """
-    if isinstance(target, str | Path):
-        target = read_checkpoint(Path(target))
+    target = loaded(target)
     if isinstance(target, nn.Module):
+        target = unwrapped(target)
         tensors = {name: p.data for name, p in target.named_parameters()}
         saved = target.state_dict(keep_vars=True)
         tensors.update({name: b.data for name, b in target.named_buffers() if name in saved})
     else:
         tensors = {name: t.data for name, t in target.items() if isinstance(t, Tensor)}
     return {name: t for name, t in tensors.items() if t.is_floating_point()}
+
+
+def loaded(target: Target | str | Path) -> Target:
+    """The tensors of a checkpoint by name; a module or state dict as it is."""
+    return read_checkpoint(Path(target)) if isinstance(target, str | Path) else target
+
+
+def complex_that_differ(first: Target, second: Target) -> list[str]:
+    """Names of complex tensors that are not the same in both."""
+    one, other = (target.state_dict() if isinstance(target, nn.Module) else target for target in (first, second))
+    found = {name: t for name, t in one.items() if isinstance(t, Tensor) and t.is_complex()}
+    return [name for name, t in found.items() if name in other and not torch.equal(t, other[name])]
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -99,7 +112,7 @@ def fingerprint(target: Target) -> Fingerprint:
     Buffers of a module are left out: heads and running statistics may differ between tasks of one base.
     """
     if isinstance(target, nn.Module):
-        return {name: identify(p) for name, p in target.named_parameters() if p.is_floating_point()}
+        return {name: identify(p) for name, p in unwrapped(target).named_parameters() if p.is_floating_point()}
     return {name: identify(t) for name, t in named_tensors(target).items()}
 
 

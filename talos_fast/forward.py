@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import copy
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,17 @@ def device_of(model: nn.Module) -> torch.device:
     if parameter.is_meta:
         raise TalosError(f"{type(model).__name__} is on the meta device, without numbers; load its weights first")
     return parameter.device
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile; prefixes are no part of names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._modules["_orig_mod"])
+        else:
+            return model
 
 
 def require_plain(model: nn.Module) -> None:

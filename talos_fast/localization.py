@@ -34,10 +34,11 @@ def accuracy_matrix(
         TalosError: vectors of another base.
     """
     require_base(common(vectors)[0], base, "the task vectors")
-    matrix = torch.zeros(len(vectors), len(evaluate), dtype=torch.float64)
+    matrix = torch.zeros(len(vectors), len(evaluate), dtype=torch.float64, device="cpu")
     for row, vector in zip(matrix, vectors, strict=True):
         with moved(base, vector, alpha) as model:
-            row.copy_(torch.tensor([float(evaluator(model)) for evaluator in evaluate], dtype=torch.float64))
+            for column, evaluator in enumerate(evaluate):
+                row[column] = float(evaluator(model))
     return matrix
 
 
@@ -57,7 +58,7 @@ def activation_matrix(
     Raises:
         TalosError: vectors of another base, or a task without a batch.
     """
-    matrix = torch.zeros(len(vectors), len(tasks), dtype=torch.float64)
+    matrix = torch.zeros(len(vectors), len(tasks), dtype=torch.float64, device="cpu")
     for column, (model, batches) in enumerate(tasks):
         require_base(common(vectors)[0], model, "the task vectors")
         for vector in vectors:

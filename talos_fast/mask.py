@@ -76,7 +76,7 @@ class Mask(Mapping[str, Tensor]):
         if keep not in ("lowest", "highest"):
             raise TalosError(f"keep={keep!r}: choose 'lowest' or 'highest'")
         alone = [{name: score} for name, score in scores.items() if score.numel()]
-        groups = alone if scope == "per_tensor" else [dict(scores)]
+        groups = alone if alone and scope == "per_tensor" else [dict(scores)]
         selected = {name: torch.zeros(score.shape, dtype=torch.bool, device="cpu") for name, score in scores.items()}
         for group in groups:
             total = sum(score.numel() for score in group.values())

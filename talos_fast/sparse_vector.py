@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, Self, TypeVar
 
 import torch
@@ -68,9 +69,10 @@ class SparseVector:
             return self
         return NotImplemented
 
-    def __mul__(self, factor: float) -> Self:
-        if not isinstance(factor, int | float):
+    def __mul__(self, factor: float | Tensor) -> Self:
+        if not isinstance(factor, Real) and not (isinstance(factor, Tensor) and factor.dim() == 0):
             return NotImplemented
+        factor = float(factor)
         if not math.isfinite(factor):
             raise TalosError(f"a task vector times {factor}: the factor must be a finite number")
         scaled = {name: delta.scaled(factor) for name, delta in self.deltas.items()}
@@ -79,7 +81,7 @@ class SparseVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Self:
-        return self * (1.0 / divisor)
+        return self * (1.0 / divisor if divisor else math.inf)
 
     def __neg__(self) -> Self:
         return self * -1.0

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from talos_fast.arguments import require_number
 from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
 from talos_fast.forward import Batch, check_facts, differentiable, logits_facts, logits_of, to_device
@@ -30,8 +31,12 @@ def require_amp_and_clip(amp: Amp, clip: float | None) -> None:
     """
     if amp not in get_args(Amp):
         raise TalosError(f"amp={amp!r}: choose 'auto', 'bf16' or 'off'")
+    if clip is not None:
+        require_number("clip", clip)
     if clip is not None and not clip > 0:
-        raise TalosError(f"clip={clip}: the largest gradient norm must be positive, or None")
+        raise TalosError(
+            f"clip={clip}: the largest gradient norm must be positive; None, on the command line 0, is none"
+        )
 
 
 def autocasts(amp: Amp, parameter: Tensor) -> bool:
@@ -89,8 +94,9 @@ class Step:
             wide = logits if logits.dtype == torch.float64 else logits.float()
             # A label out of range is reported below; it must not stop the device before that.
             loss = self._loss(wide, labels.clamp(0, classes - 1))
-        if loss.numel() != 1:
-            raise TalosError(f"{where}: the loss has shape {tuple(loss.shape)}; give one that is a number")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
+            raise TalosError(f"{where}: the loss {found}; give a tensor of one number")
         self.last_loss = loss.detach().reshape(())
         facts = torch.cat([logits_facts(wide.detach(), labels), self.last_loss.reshape(1)])
         low, high, finite, value = facts

@@ -12,7 +12,15 @@ from talos_fast import vector_file
 from talos_fast.delta import SparseDelta
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
-from talos_fast.fingerprint import Fingerprint, Target, fingerprint, named_tensors, require_base
+from talos_fast.fingerprint import (
+    Fingerprint,
+    Target,
+    complex_that_differ,
+    fingerprint,
+    loaded,
+    named_tensors,
+    require_base,
+)
 from talos_fast.interrupt import uninterrupted
 from talos_fast.sparse_vector import SparseVector
 
@@ -63,6 +71,7 @@ class TaskVector(
         *,
         info: Mapping[str, Any] | None = None,
     ) -> None:
+        pretrained, finetuned = loaded(pretrained), loaded(finetuned)
         base, tuned = named_tensors(pretrained), named_tensors(finetuned)
         if unmatched := base.keys() ^ tuned.keys():
             name = min(unmatched)
@@ -71,8 +80,11 @@ class TaskVector(
                 f"only the {side} model has {name!r} ({len(unmatched)} such names); give two states of one model"
             )
         deltas = {name: SparseDelta.between(name, base[name], tuned[name]) for name in base}
-        identity = fingerprint(base if isinstance(pretrained, str | Path) else pretrained)
-        self._set(deltas, identity, info)
+        if moved := complex_that_differ(pretrained, finetuned):
+            raise TalosError(
+                f"{moved[0]!r} is complex, and moved; a task vector is of real numbers, see torch.view_as_real"
+            )
+        self._set(deltas, fingerprint(pretrained), info)
 
     def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
         super()._set(deltas, base, info)
@@ -123,16 +135,25 @@ class TaskVector(
         """Restores the very bits that `apply_to` found in ``target``, and returns it.
 
         Raises:
-            TalosError: this vector is not applied to ``target``.
+            TalosError: this vector is not applied to ``target``, or its entries were changed since; nothing is written.
         """
         with uninterrupted():
             if isinstance(target, nn.Module):
-                edit = self._modules.pop(target, None)
+                edit = self._modules.get(target)
             else:
-                _, edit = self._state_dicts.pop(id(target), (None, None))
+                _, edit = self._state_dicts.get(id(target), (None, None))
             if edit is None:
                 raise TalosError("this task vector is not applied to this model; apply_to comes first")
+            if not edit.in_place():
+                raise TalosError(
+                    "entries of this task vector were changed after it was applied; revert what was applied last "
+                    "first, or load the model anew if it was trained since"
+                )
             edit.revert()
+            if isinstance(target, nn.Module):
+                del self._modules[target]
+            else:
+                del self._state_dicts[id(target)]
         return target
 
     def save_pretrained(

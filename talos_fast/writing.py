@@ -1,5 +1,6 @@
 """Writing files: whole or not at all, and refused before the work that is to go there."""
 
+import errno
 import json
 import os
 import tempfile
@@ -64,7 +65,9 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         temporary = None
     except (OSError, SafetensorError) as error:
-        raise TalosError(f"{path}: cannot be written ({error}); free some space or choose another place") from error
+        full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space or choose another place" if full else "choose another place"
+        raise TalosError(f"{path}: cannot be written ({error}); {advice}") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

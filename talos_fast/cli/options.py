@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +25,23 @@ from talos_fast.tasks import Task
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes true and false for truth values, as YAML 1.2 does, and not off, which is a word of ``--amp``."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":bool")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+
+
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Makes the values of a YAML file the defaults of this command; flags still win."""
     if path is None:
         return None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TalosError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, dict):
@@ -40,7 +52,10 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         known = ", ".join(sorted(str(name) for name in options))
         raise TalosError(f"{path}: {ctx.command.name} has no option {unknown[0]!r}; it has {known}")
     for name, value in given.items():
-        many = options[name].multiple or options[name].nargs == -1
+        option = options[name]
+        many = option.multiple or option.nargs == -1
+        if isinstance(value, bool) and not getattr(option, "is_flag", False):
+            raise TalosError(f"{path}: {name} is no switch, found {str(value).lower()}")
         if many and not isinstance(value, list | None):
             given[name] = [value]  # or the letters of a word would be taken for its items
         elif isinstance(value, dict) or (isinstance(value, list) and not many):

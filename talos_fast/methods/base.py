@@ -152,9 +152,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by name.
 
     Raises:
-        TalosError: there is none.
+        TalosError: there is none, or one is complex.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if strange := next((name for name, p in parameters.items() if not p.is_floating_point()), None):
+        raise TalosError(f"{strange!r} is {parameters[strange].dtype}; only real numbers train: freeze it")
     if not parameters:
         raise TalosError(f"no parameter of {type(model).__name__} requires a gradient; nothing would train")
     return parameters

@@ -93,13 +93,13 @@ class ImagePreprocess:
 
 
 def read_image(path: Path) -> npt.NDArray[np.uint8]:
-    """The picture in a file, as RGB: uint8, shape (H, W, 3).
+    """The picture in a file, upright, as RGB: uint8, shape (H, W, 3).
 
     Raises:
         TalosError: no such file, or not a whole picture.
     """
     with needs("clip"):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
@@ -108,6 +108,6 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode}: grey levels of 32 bits have no known white; save 8 or 16 bits")
-            return np.array(image.convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise TalosError(f"{path}: not a whole picture ({error}); replace or remove the file") from error

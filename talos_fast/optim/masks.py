@@ -39,11 +39,11 @@ def masks_by_parameter(groups: Sequence[Mapping[str, Any]], masks: Masks) -> dic
             # A mask of a whole model may speak of parameters that another group, or nobody, trains.
             if isinstance(mask, Tensor) and not bool(mask.any()):
                 continue
-            hint = (
-                "pass model.named_parameters() to use names"
-                if isinstance(key, str) and not names
-                else f"known: {names[:3]}"
-            )
+            hint = f"known: {names[:3]}"
+            if isinstance(key, str) and not names:
+                hint = "pass model.named_parameters() to use names"
+            elif any(name == f"{prefix}{key}" for prefix in ("module.", "_orig_mod.") for name in names):
+                hint = "pass the parameters of the module inside, whose names have no prefix of a wrapper"
             raise TalosError(f"the mask of {label} matches no parameter of this optimizer; {hint}")
         matched[known[key]] = (label, mask)
     return matched

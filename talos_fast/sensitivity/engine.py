@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from talos_fast.forward import Batch, Batches, Forward, default_forward
+from talos_fast.forward import Batch, Batches, Forward, default_forward, unwrapped
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Ledger, Scorer
-from talos_fast.sensitivity.selection import maskable_parameters, unwrapped
+from talos_fast.sensitivity.selection import maskable_parameters
 from talos_fast.sensitivity.uses import Precision
 
 

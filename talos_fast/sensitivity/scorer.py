@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import talos_fast.sensitivity.attention
 import talos_fast.sensitivity.rules
 import talos_fast.sensitivity.views  # noqa: F401  (these three fill the registry)
+from talos_fast.arguments import require_integer
 from talos_fast.errors import TalosError
 from talos_fast.forward import (
     Batch,
@@ -61,8 +62,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         check_estimator(self.estimator)
-        if self.repeats < 1:
-            raise TalosError(f"samples_per_input={self.repeats}: at least one probe an input is needed")
+        require_integer("samples_per_input", self.repeats, 1)
         if self.precision not in ("full", "bf16"):
             raise TalosError(f"precision={self.precision!r}: choose 'full' or 'bf16'")
         self._examined = 0

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import cast
 
 import torch
 from torch import nn
 
 from talos_fast.errors import TalosError
+from talos_fast.forward import unwrapped
 
 FROZEN_BY_DEFAULT = (
     "*class_embedding", "*class_token", "*cls_token*", "*dist_token", "*distillation_token", "*mask_token",
@@ -31,24 +31,14 @@ def patterns(given: str | Iterable[str] | None) -> list[str] | None:
     return [given] if isinstance(given, str) else None if given is None else list(given)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile; prefixes are no part of names."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = cast(nn.Module, model._modules["_orig_mod"])
-        else:
-            return model
-
-
 def maskable_parameters(
     model: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
 ) -> dict[str, nn.Parameter]:
     """Name -> parameter, in the model's order, of what a mask may select.
 
     By default every parameter of attention, MLP, convolution and norm layers; `nn.Embedding` tables, class tokens,
-    positions, heads and output projections stay frozen. Parameters that do not require a gradient stay frozen too.
+    positions, heads and output projections stay frozen. Complex parameters, and those that do not require a gradient,
+    stay frozen too.
 
     Args:
         model: any module; tied parameters come once, under their first name. Wrappers are looked through, see

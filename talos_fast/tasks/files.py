@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import zipfile
 import zlib
@@ -17,6 +18,8 @@ from talos_fast.errors import TalosError
 from talos_fast.tasks.base import Split, Task
 from talos_fast.tasks.class_names import describe
 from talos_fast.tasks.splits import ALIASES, complete, named_splits
+
+logger = logging.getLogger("talos_fast")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -166,6 +169,8 @@ def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Sp
     if not texts:
         raise TalosError(f'{path}: found no rows; write one {{"split": ..., "text": ..., "label": ...}} a line')
     values = {label for split in labels.values() for label in split}
+    if unlearned := sorted(map(str, values.difference(*(labels[word] for split, word in words if split == "train")))):
+        logger.warning("%s: train has no example of %s; nothing will learn them", path, ", ".join(unlearned[:5]))
     if len({type(value) for value in values}) > 1:
         raise TalosError(f"{path}: found labels of both kinds, names and indices; use one")
     if all(isinstance(value, str) for value in values):
@@ -210,6 +215,6 @@ def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:
         raise TalosError(f"{where}: found the split {row['split']!r}; use train, validation or test")
     if not _is_text(text) or isinstance(label, bool) or not isinstance(label, int | str):
         raise TalosError(
-            f"{where}: found text {text!r:.30} and label {label!r:.40}; give a string and an index or name"
+            f"{where}: found text {text!r:.30} and label {label!r:.40}; give a string, and an index or a name in quotes"
         )
-    return word, text, label
+    return word, text, label.strip() if isinstance(label, str) else label
