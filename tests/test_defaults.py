@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import talos_fast as talos
+from talos_fast.disentanglement import disentanglement_error
 from talos_fast.evaluate import evaluate_along
 from talos_fast.interference import interference
+from talos_fast.localization import accuracy_matrix, activation_matrix
 from talos_fast.merging import METHODS as MERGING
 from talos_fast.methods import METHODS
 
@@ -45,6 +47,13 @@ def everything(start: nn.Module, data: list, folder) -> dict[str, object]:
     for method in MERGING:
         found[f"merge {method}"] = talos.merge(start, pair, method=method, **OPTIONS.get(method, {})).state_dict()
     found["overlap"], found["interference"] = pair[0].overlap(pair[1]), interference(pair).cosine
+
+    def ask(model: nn.Module) -> torch.Tensor:
+        return model(data[0][0]).argmax(-1)
+
+    found["disentanglement"] = disentanglement_error(start, tuple(pair), (ask, ask), [0.0, 0.7])
+    found["accuracies"] = accuracy_matrix(start, pair, [lambda model: (ask(model) == data[0][1]).double().mean()])
+    found["activations"] = activation_matrix(pair, [(start, data)])
     found["along"] = [accuracy.correct for accuracy in evaluate_along(start, vectors["linearized"], data, [0.3, 0.35])]
     return found
 
@@ -54,7 +63,9 @@ def same(one: object, other: object) -> bool:
         return one.deltas.keys() == other.deltas.keys() and same(one.to_dense(), other.to_dense())
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    if isinstance(one, torch.Tensor):
+        return one.dtype is other.dtype and one.device == other.device and torch.equal(one, other)
+    return one == other
 
 
 @pytest.fixture(scope="module")

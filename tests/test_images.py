@@ -61,6 +61,20 @@ def test_files_of_different_sizes(tmp_path):
             preprocess([tmp_path / name])
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(tmp_path, orientation):
+    """What a camera says of how it was held; the oracle is what Pillow's own rotations make of it."""
+    upright = picture(8, 12)[0]
+    turns = {3: "ROTATE_180", 6: "ROTATE_90", 8: "ROTATE_270", 2: "FLIP_LEFT_RIGHT", 4: "FLIP_TOP_BOTTOM",
+             5: "TRANSPOSE", 7: "TRANSVERSE"}  # fmt: skip
+    stored, exif = Image.fromarray(upright), Image.Exif()
+    if orientation in turns:
+        stored = stored.transpose(Image.Transpose[turns[orientation]])
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "held.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "held.png"), upright)
+
+
 def test_settings_are_checked():
     with pytest.raises(TalosError, match="interpolation: found 'lanczos'"):
         ImagePreprocess((8, 8), (0.5,) * 3, (0.5,) * 3, "lanczos")

@@ -114,6 +114,25 @@ def test_t5_choice_scores(attention, tied, masked):
     check(model, forward, texts(samples=3, classes=2))
 
 
+def test_a_decoder_of_one_token(caplog):
+    """Its own queries and keys have no gradient: what either side computes is rounding, and no reason to fall back."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+
+    def forward(model, batch):
+        start = torch.zeros(len(batch["labels"]), 1, dtype=torch.long)
+        return model(input_ids=batch["input_ids"], decoder_input_ids=start).logits[:, -1, :4]
+
+    batch = {"input_ids": torch.randint(0, 40, (8, 10)), "labels": torch.arange(8) % 4}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        sensitivities(model, [batch], forward=forward)
+    assert "disagrees" not in caplog.text
+
+
 def clip_model():
     from transformers import CLIPConfig, CLIPModel
 
