@@ -119,7 +119,7 @@ def test_a_decoder_of_one_token(caplog):
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(vocab_size=40, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config)
 
     def forward(model, batch):
@@ -127,9 +127,7 @@ def test_a_decoder_of_one_token(caplog):
         return model(input_ids=batch["input_ids"], decoder_input_ids=start).logits[:, -1, :4]
 
     batch = {"input_ids": torch.randint(0, 40, (8, 10)), "labels": torch.arange(8) % 4}
-    for seed in range(3):
-        torch.manual_seed(seed)
-        sensitivities(model, [batch], forward=forward)
+    sensitivities(model, [batch], forward=forward)
     assert "disagrees" not in caplog.text
 
 
