@@ -196,6 +196,13 @@ def test_named_masks():
     assert optimizer.state[named[4][1]]["exp_avg"].shape == (2, 3, 4)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "in parallel"])
+def test_names_with_the_prefix_of_a_wrapper(wrap):
+    model = wrap(torch.nn.Linear(3, 2))
+    with pytest.raises(TalosError, match="pass the parameters of the module inside"):
+        MaskedAdam(model.named_parameters(), masks={"weight": torch.ones(2, 3, dtype=torch.bool)})
+
+
 @pytest.mark.parametrize("given, message", [
     ({"typo": torch.ones(50, 20, dtype=torch.bool)}, "'typo' matches no parameter"),
     ({"p0": torch.ones(20, 50, dtype=torch.bool)}, r"'p0' has shape \(20, 50\), the parameter \(50, 20\)"),
