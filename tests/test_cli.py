@@ -1,60 +1,32 @@
 """The command line in one process: the verbs on a tiny text model, and one clear line for bad input."""
 
-import gzip
 import itertools
 import json
 import os
 import re
 import signal
-import sys
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import text_task, write_bert
+from cli_cases import made, run_line, write_place
+from safetensors.torch import load_file
 
 from talos_fast import Mask, TaskVector
-from talos_fast.cli import main
 from talos_fast.cli.options import Run
 from talos_fast.models import encoders
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model and two tasks in files."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_bert(folder / "bert")
-    save_file({"odd": torch.zeros(2)}, folder / "odd.safetensors")
-    TaskVector({"w": torch.zeros(2)}, {"w": torch.ones(2)}).save_pretrained(folder / "alien.vector")
-    for name, classes in (("words", 3), ("more", 4)):
-        task = text_task(name, classes, per_split=24)
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
-            for split in ("train", "validation", "test"):
-                part = getattr(task, split)
-                for text, label in zip(part.inputs, part.labels.tolist(), strict=True):
-                    file.write(json.dumps({"split": split, "text": text, "label": task.class_names[label]}) + "\n")
-    return folder
+    return write_place(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture
 def run(monkeypatch, capfd, place):
     """``run("calibrate --data words.jsonl.gz")`` -> (exit code, stdout, stderr), in the folder of the files."""
-
-    def call(line: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", ["talos-fast", *line.split()])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
-
-
-def made(run, line: str) -> str:
-    code, out, err = run(line)
-    assert code == 0, err
-    return out
+    monkeypatch.chdir(place)
+    return partial(run_line, monkeypatch, capfd)
 
 
 def test_the_verbs_in_a_row(run, place):

@@ -9,7 +9,10 @@ import torch
 from compaction_cases import Net, assert_same, masks, pair
 from torch import nn
 
-from talos_fast import MaskedAdam, TalosError
+from talos_fast import Mask, MaskedAdam, TalosError
+from talos_fast.forward import default_forward
+from talos_fast.methods import Options, Request
+from talos_fast.methods.masked import masked
 from talos_fast.optim.compact_gradient import CompactGradient
 
 
@@ -38,6 +41,20 @@ def test_hooks_end_with_their_handle_and_with_their_optimizer():
     gc.collect()
     net.loss().backward()
     assert not any(isinstance(p.grad, CompactGradient) for p in net.parameters())
+
+
+def test_a_method_compacts_within_its_steps_only():
+    net, x = nn.Linear(64, 64), torch.randn(5, 64)
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[3, 5:9] = True
+    setup = masked(Request(net, default_forward, 1e-3, 0.0, Options(), None), Mask({"weight": mask}))
+    with setup.around():
+        net(x).square().sum().backward()
+    net.weight.grad = None
+    expected = torch.autograd.grad(net(x).square().sum(), net.weight)[0]
+    net(x).square().sum().backward()
+    assert net.weight.grad.shape == (64, 64)
+    torch.testing.assert_close(net.weight.grad, expected)
 
 
 def test_dense_gradients_from_before_are_kept():

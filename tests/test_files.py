@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from talos_fast import Mask, TalosError, TaskVector
+from talos_fast import Mask, TalosError, TaskVector, storage
 from talos_fast.writing import require_file, require_folder, write_json
 
 
@@ -41,6 +42,35 @@ def test_one_flipped_bit(path):
         Mask.load(path)
 
 
+def test_content_under_another_name_is_corrupted(path):
+    """A selection that is not found would be taken for everything."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"v.bitmask": load_file(path)["w.bitmask"]}, path, metadata=metadata)
+    with pytest.raises(TalosError, match="corrupted"):
+        Mask.load(path)
+
+
+@pytest.mark.parametrize("kind, content, said", [
+    ("indices", torch.tensor([1, 9], dtype=torch.int32), "indices are not ascending within 9 entries"),
+    ("indices", torch.tensor([-1, 2], dtype=torch.int32), "indices are not ascending within 9 entries"),
+    ("indices", torch.tensor([2, 2], dtype=torch.int32), "indices are not ascending within 9 entries"),
+    ("bitmask", torch.zeros(3, dtype=torch.uint8), "a bitmask of 3 bytes for 9 entries"),
+])  # fmt: skip
+def test_a_selection_that_does_not_fit_is_damage(path, kind, content, said):
+    storage.write(path, "mask", {f"w.{kind}": content}, {"shapes": {"w": [9]}, "base": {}, "info": {}})
+    with pytest.raises(TalosError, match=said):
+        Mask.load(path)
+
+
+def test_a_newer_format(mask, path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "FORMAT_VERSION", 2)
+        mask.save(path)
+    with pytest.raises(TalosError, match="mask.safetensors: format 2, this version reads format 1; upgrade"):
+        Mask.load(path)
+
+
 def test_foreign(path):
     save_file({"w": torch.zeros(3)}, path)
     with pytest.raises(TalosError, match="not one of talos-fast"):
@@ -68,6 +98,15 @@ def test_an_unwritable_place_leaves_the_old_file(mask, path, monkeypatch):
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["mask.safetensors"]
+
+
+def test_files_have_the_permissions_that_open_gives(mask, path):
+    before = os.umask(0o027)
+    try:
+        mask.save(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_place_that_is_no_folder(mask):

@@ -1,5 +1,6 @@
 """Hugging Face data sets as tasks, from a folder. No network."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from talos_fast import TalosError
 from talos_fast.tasks import from_hub
+from talos_fast.tasks.hub import load_dataset
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 
@@ -48,6 +50,24 @@ def test_a_hugging_face_data_set_of_images(tmp_path, hub_cache):
             (np.asarray(Image.open(path)) == p).all() for path, p in zip(task.train.inputs, pixels[:8], strict=True)
         ] == [True] * 8
         assert task.test.labels.tolist() == [1, 0]
+
+
+def test_what_is_held_out_of_a_hugging_face_data_set_follows_the_seed(tmp_path):
+    (tmp_path / "set").mkdir()
+    for split, count in (("train", 40), ("test", 4)):
+        rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(count)]
+        (tmp_path / "set" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, again, other = (from_hub(tmp_path / "set", seed=seed).validation.inputs for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_the_pinned_revision_is_what_is_asked_for(monkeypatch):
+    import datasets
+
+    asked = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.update(options, names=names))
+    load_dataset("user/name", revision="0a" * 20, config="plain")
+    assert asked["names"] == ("user/name", "plain") and asked["revision"] == "0a" * 20
 
 
 def test_hub_refusals(tmp_path, hub_cache, monkeypatch):

@@ -27,6 +27,17 @@ def test_highest_and_per_tensor(scores):
     assert each.counts() == {"a.weight": 100, "b.weight": 15, "c": 1}
 
 
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+def test_a_tensor_without_entries_selects_nothing(scope):
+    mask = Mask.from_scores({"w": torch.rand(4), "none": torch.zeros(0, 3)}, density=0.5, scope=scope)
+    assert mask.counts() == {"w": 2, "none": 0} and mask["none"].shape == (0, 3)
+
+
+def test_a_selection_says_how_it_was_made(scores):
+    mask = Mask.from_scores(scores, sparsity=0.75, scope="per_tensor", keep="highest", info={"task": "x"})
+    assert mask.info == {"density": 0.25, "scope": "per_tensor", "keep": "highest", "task": "x"}
+
+
 def test_sparsity_is_the_other_word_for_it(scores):
     assert Mask.from_scores(scores, sparsity=0.75) == Mask.from_scores(scores, density=0.25)
 
@@ -64,6 +75,13 @@ def test_overlap_is_the_jaccard_index():
     first = Mask({"a": torch.tensor([True, True, False]), "b": torch.tensor([True])})
     second = Mask({"a": torch.tensor([True, False, True]), "c": torch.tensor([False])})
     assert first.overlap(second) == {"a": 1 / 3, "b": 0.0, "c": 1.0, "total": 1 / 4}
+
+
+def test_masks_of_other_names_are_other_masks():
+    mask = Mask({"a": torch.tensor([True, False])})
+    more, renamed = Mask({**mask, "b": torch.tensor([True])}), Mask({"b": mask["a"]})
+    assert mask != more and more != mask and mask != renamed
+    assert len({one.digest() for one in (mask, more, renamed)}) == 3
 
 
 def test_freeze_leaves_only_what_has_selected_entries():

@@ -83,6 +83,13 @@ def test_interference_as_table_and_json():
         talos.interference([apart, TaskVector({"w": torch.ones(2)}, {"w": torch.zeros(2)})])
 
 
+def test_a_row_holds_the_figures_of_its_columns():
+    report = talos.interference(vectors()[0])
+    figures = (report.cosine[0][1], report.overlap[0][1], report.sign_conflict[0][1])
+    shares = f"{report.shared_norm[0][1]:.4f}, {report.shared_norm[1][0]:.4f}"
+    assert report.rows()[0] == ("a, b", *(f"{figure:.4f}" for figure in figures), shares)
+
+
 def wiggled(model: nn.Module, seed: int, density: float = 0.3) -> TaskVector:
     """A vector of a few small changes of every parameter."""
     torch.manual_seed(seed)
@@ -155,6 +162,20 @@ def test_matrices_of_localization():
         accuracy_matrix(nn.Linear(3, 4, bias=False).double(), both, judges)
 
 
+def test_activations_are_those_of_the_base():
+    base, batches = nn.Linear(5, 4), [(torch.randn(2, 5), torch.zeros(2).long())]
+    with pytest.raises(TalosError, match="another base"):
+        activation_matrix([wiggled(base, 1)], [(nn.Linear(5, 4), batches)])
+
+
+def test_logits_that_move_against_each_other_do_not_cancel():
+    base, tuned = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    tuned.weight.data = base.weight.data + torch.tensor([[1.0], [-1.0]])
+    x = torch.randn(5, 3)
+    found = activation_matrix([TaskVector(base, tuned)], [(base, [(x, torch.zeros(5).long())])])
+    torch.testing.assert_close(found[0, 0], x.sum(-1).abs().mean().double())
+
+
 def threshold_task(column: int):
     return lambda model: (model.weight[0, column : column + 1] > 0.5).long()
 
@@ -182,6 +203,19 @@ def test_disentanglement_error_by_its_definition():
         disentanglement_error(base, apart, judges, [])
     with pytest.raises(TalosError, match="another base"):
         disentanglement_error(nn.Linear(2, 1, bias=False), apart, judges, alphas)
+
+
+def test_each_task_is_asked_of_its_own_model():
+    shared = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(shared.weight)
+    bases, asked = (nn.Sequential(shared, nn.Identity()), nn.Sequential(shared, nn.ReLU())), ([], [])
+    judges = tuple(lambda model, into=into: into.append(model) or torch.zeros(1) for into in asked)
+    pair = (coordinate_vector(shared, 1, 0), coordinate_vector(shared, 0, 1))
+    prefixed = tuple(TaskVector.from_deltas({"0.weight": vector.deltas["weight"]}) for vector in pair)
+    disentanglement_error(bases, prefixed, judges, [0.0, 1.0])
+    assert [{id(model) for model in seen} for seen in asked] == [{id(model)} for model in bases]
+    with pytest.raises(TalosError, match="another base"):
+        disentanglement_error((shared, nn.Linear(2, 1, bias=False)), pair, judges, [0.0])
 
 
 def picture(path) -> None:

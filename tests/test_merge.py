@@ -65,6 +65,16 @@ def test_search_alpha_for_addition(base):
     assert AlphaSearch.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+def test_each_task_is_held_against_its_own_vector(base):
+    own = [tuned(base, seed) for seed in (1, 2)]
+    judges = [
+        lambda model, one=one, best=best: best * torch.equal(model.weight, one.weight)
+        for one, best in zip(own, (0.5, 0.75), strict=True)
+    ]
+    found = search_alpha(base, [TaskVector(base, one) for one in own], evaluate=judges, grid=[0.0])
+    assert found.references == (0.5, 0.75)
+
+
 class Writes(TorchDispatchMode):
     """Counts the entries that operators write into the storages of some tensors."""
 
@@ -145,6 +155,15 @@ def test_search_alpha_for_negation(base):
     loose = search_alpha(base, [vector], evaluate=alpha_of, control=lambda model: 0.6, control_floor=0.5)
     assert loose.alpha == 0.0
     assert torch.equal(base.weight, start)
+
+
+def test_what_is_forgotten_is_held_against_the_base(base):
+    start, vector = base.weight.detach().clone(), -TaskVector(base, tuned(base, 1))
+    found = search_alpha(
+        base, [vector], evaluate=lambda model: 0.8 if torch.equal(model.weight, start) else 0.4,
+        control=lambda model: 0.6, control_floor=1.0, grid=[0.0, 1.0],
+    )  # fmt: skip
+    assert (found.alpha, found.references, found.best.normalized) == (1.0, (0.8,), (0.5,))
 
 
 def test_an_evaluation_that_fails_leaves_the_base(base):
@@ -242,3 +261,21 @@ def test_means_that_are_equal_are_ties_in_whatever_order_the_tasks_come():
     accuracies = [(0.3, 0.2, 0.1), (0.1, 0.2, 0.3)]
     assert sum(accuracies[1]) > sum(accuracies[0])  # by rounding alone
     assert choose_alpha([0.1, 0.2], accuracies, [None, None], (1.0, 1.0, 1.0), None).alpha == 0.1
+
+
+def test_of_equals_the_smallest_forgets():
+    assert choose_alpha([0.1, 0.2], [(0.3,), (0.3,)], [0.6, 0.6], (0.8,), 0.6).alpha == 0.1
+
+
+def test_what_forgets_is_chosen_by_the_accuracy_itself_and_not_by_its_share():
+    assert choose_alpha([0.1, 0.2], [(0.9, 0.1), (0.4, 0.5)], [0.6, 0.6], (0.9, 0.1), 0.6).alpha == 0.2
+
+
+def test_what_was_never_right_has_a_share_of_nothing():
+    assert choose_alpha([0.1, 0.2], [(0.0,), (0.0,)], [None, None], (0.0,), None).best.normalized == (0.0,)
+
+
+@pytest.mark.parametrize("controls, references", [([0.6, float("nan")], (0.8,)), ([0.6, 0.6], (float("nan"),))])
+def test_nan_is_refused_wherever_it_comes_from(controls, references):
+    with pytest.raises(TalosError, match="an evaluation gave NaN"):
+        choose_alpha([0.0, 1.0], [(0.5,), (0.4,)], controls, references, 0.6)

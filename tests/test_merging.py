@@ -168,6 +168,11 @@ def test_breadcrumbs_by_its_definition(dense):
     close(merging.breadcrumbs(task_vectors(dense), beta=0, gamma=0), rows(dense).sum(0))
 
 
+def test_breadcrumbs_cut_the_share_as_it_is_written():
+    vector = TaskVector({"w": torch.zeros(100)}, {"w": torch.arange(1.0, 101.0)})
+    assert merging.breadcrumbs([vector], beta=0.29, gamma=0).nnz == 71
+
+
 @pytest.mark.parametrize("lam", [0.2, 0.6, 1.0])
 def test_tall_masks_and_consensus_by_their_definitions(dense, lam):
     values = rows(dense)
@@ -189,6 +194,12 @@ def test_consensus_is_not_the_released_rule():
     small, large = (TaskVector(base, {"w": torch.tensor([w])}) for w in (-0.1, -2.0))
     masks = merging.tall_masks([small, large], lam=0.2)
     assert [bool(mask["w"]) for mask in masks] == [False, True]
+
+
+def test_nothing_is_claimed_where_others_cancel():
+    base = {"w": torch.zeros(2)}
+    vectors = [TaskVector(base, {"w": torch.tensor(w)}) for w in ([1.0, 0.0], [-1.0, 0.0], [0.0, 2.0])]
+    assert merging.tall_masks(vectors)[2]["w"].tolist() == [False, True]
 
 
 def test_restrict_keeps_exactness():
@@ -216,6 +227,17 @@ def test_merge_and_search_alpha_take_the_method():
     judge = lambda model: float(seen.append(model.weight.detach().clone()) is None)  # noqa: E731
     search_alpha(base, vectors, evaluate=[judge, judge], grid=[0.3], method="ties", density=0.5)
     assert torch.equal(seen[-1], edited.weight) and torch.equal(base.weight, start)
+
+
+@pytest.mark.parametrize("method, options", [
+    ("ties", {"density": 0.2, "scope": "global"}), ("magnitude_prune", {"density": 0.2, "scope": "global"}),
+    ("dare_linear", {"density": 0.1, "seed": 0}), ("dare_ties", {"density": 0.1, "seed": 0}),
+    ("breadcrumbs", {"beta": 0.85, "gamma": 0.01}), ("consensus", {"lam": 0.4, "agreement": 2}),
+])  # fmt: skip
+def test_defaults_are_those_that_are_documented(method, options):
+    vectors = task_vectors(dense_vectors())
+    plain, named = (merging.combine(vectors, method=method, **given) for given in ({}, options))
+    assert torch.equal(entries(plain), entries(named))
 
 
 def test_refusals():
@@ -250,3 +272,5 @@ def test_refusals():
     odd = TaskVector.from_deltas({"a": SparseDelta((2,), torch.ones(2))})
     with pytest.raises(TalosError, match=r"'a': vectors of shapes \(30, 40\) and \(2,\)"):
         merging.ties([vectors[0], odd])
+    with pytest.raises(TalosError, match=r"'a': vectors of shapes \(2,\) and \(3,\) cannot be combined"):
+        odd + TaskVector.from_deltas({"a": SparseDelta((3,), torch.ones(3))})

@@ -16,8 +16,9 @@ from talos_fast import Mask, TalosError, TaskVector, calibrate, evaluate, finetu
 from talos_fast.evaluate import evaluate_along
 from talos_fast.forward import default_forward
 from talos_fast.linear import Linearized
-from talos_fast.methods import METHODS
+from talos_fast.methods import METHODS, Options, Request, get_method
 from talos_fast.methods.l_lora import lora_adapters, lora_changes
+from talos_fast.methods.lota import largest_changes
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LINEAR = ("linearized", "l-lora")
@@ -75,6 +76,15 @@ def test_linearized_is_the_jacobian_product(kind, tmp_path):
     assert same(before, bits(model))
     with pytest.raises(TalosError, match=r"coefficients \(nan,\): every one must be a finite number"):
         line.move(float("nan"))
+
+
+def test_a_linearized_model_that_is_reverted_is_the_model():
+    net, x = nn.Linear(4, 3), torch.randn(5, 4)
+    line = Linearized.along(net, TaskVector(net, nn.Linear(4, 3)))
+    line.move(0.5)
+    assert not torch.equal(line(x), net(x))
+    line.revert()
+    assert torch.equal(line(x), net(x))
 
 
 def inputs(batch) -> dict[str, torch.Tensor]:
@@ -197,6 +207,20 @@ def test_l_lora_moves_queries_and_values_by_its_factors(tmp_path):
     assert not torch.equal(first[0].a, first[1].a)
 
 
+def test_adapters_act_by_alpha_over_rank(tmp_path):
+    model, _ = case("bert", tmp_path, torch.float64)
+    adapters = lora_adapters(model, 4)
+    request = Request(model, default_forward, 1e-3, 0.0, Options(rank=4, lora_alpha=8.0), None)
+    setup = get_method("l-lora").prepare(request)
+    with torch.no_grad():
+        for b in setup.trained.values():
+            b.fill_(1.0)
+        deltas = setup.export()
+    for adapter in adapters:
+        expected = 8.0 / 4 * torch.ones_like(adapter.b) @ adapter.a
+        torch.testing.assert_close(deltas[adapter.name].dense()[adapter.rows], expected)
+
+
 def test_lota_trains_the_largest_changes(tmp_path):
     model, batches = case("clip", tmp_path)
     start, whole = bits(model), copy.deepcopy(model)
@@ -212,6 +236,12 @@ def test_lota_trains_the_largest_changes(tmp_path):
     assert not moved[change < threshold].any()
     assert 0.9 * count <= moved.sum() <= count
     assert change[moved].min() >= threshold
+
+
+def test_as_many_changes_as_are_selected_are_enough():
+    net, moved = nn.Linear(4, 3), torch.eye(3, 4)
+    few = TaskVector({"weight": torch.zeros(3, 4)}, {"weight": moved})
+    assert torch.equal(largest_changes(net, few.deltas, 0.2, ["weight", "bias"])["weight"], moved.bool())
 
 
 @pytest.mark.parametrize("method", METHODS)

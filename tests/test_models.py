@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,7 @@ def test_loader_order_and_limit(backbone):
     assert order(shuffle=True, seed=1) == order(shuffle=True, seed=1) != order(shuffle=True, seed=2)
     assert order(limit=5) == sorted(order(limit=5)) == sorted(order(limit=5, shuffle=True))
     assert len(set(order(limit=5))) == 5
+    assert everything[:5] != order(limit=5) == order(limit=5) != order(limit=5, seed=1)
     loader = backbone.batches(numbered, batch_size=len(task.train), shuffle=True)
     first, second = (next(iter(loader)) for _ in range(2))
     assert not torch.equal(*(b["labels"] if isinstance(b, dict) else b[1] for b in (first, second)))
@@ -192,6 +194,27 @@ def test_class_mean_head():
         backbone.classifier(empty)
 
 
+def test_class_means_are_of_a_few_images(monkeypatch):
+    monkeypatch.setattr("talos_fast.models.timm.IMAGES_A_CLASS", 2)
+    backbone, seen = tiny_timm(), []
+    backbone.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    backbone.classifier(image_task(classes=3, per_split=24))
+    assert sum(seen) == 3 * 2
+
+
+def test_text_head_is_the_mean_of_the_normalised_prompts(tmp_path):
+    backbone = models.load(str(write_bert(tmp_path)))
+    task = replace(text_task(), templates=("the {} is", "good {} of the sea"))
+    backbone.encoder.train()  # without its dropout while heads are made
+    head = backbone.classifier(task).head
+    with torch.no_grad():
+        for k, name in enumerate(task.class_names):
+            alone = [backbone.prepare([template.format(name)]) for template in task.templates]
+            vectors = [backbone.encoder(**tokens).last_hidden_state.mean(1)[0] for tokens in alone]
+            mean = sum(nn.functional.normalize(vector, dim=0) for vector in vectors)
+            torch.testing.assert_close(head.weight[:, k], nn.functional.normalize(mean, dim=0), rtol=0, atol=1e-5)
+
+
 def test_encoder_pools_over_tokens_only_and_has_no_pooler(tmp_path):
     backbone = models.load(str(write_bert(tmp_path)))
     assert not any("pooler" in name for name, _ in backbone.encoder.named_parameters())
@@ -236,6 +259,13 @@ def test_t5_choices_of_their_own_for_each_text(tmp_path):
     mine = classifier(**tokens, choice_ids=torch.stack([ids, ids.flip(0)]))
     assert torch.allclose(mine, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-5)
     assert isinstance(classifier.head, ChoiceHead)
+
+
+def test_choices_are_scored_in_fp32():
+    ids, logits = torch.tensor([[3, 1], [2, 1]]), torch.randn(2, 2, 2, 5).bfloat16()
+    scores = ChoiceHead(ids, 0)(logits, ids.expand(2, -1, -1))
+    assert scores.dtype is torch.float32
+    assert torch.equal(scores, ChoiceHead(ids, 0)(logits.float(), ids.expand(2, -1, -1)))
 
 
 def test_t5_refuses_choices_that_read_the_same(tmp_path):

@@ -24,6 +24,12 @@ def test_load_by_name(tmp_path, caplog):
     assert models.load(f"t5:{write_t5(tmp_path / 't5')}").name.startswith("t5:")
 
 
+def test_pictures_are_prepared_as_the_timm_model_was_trained():
+    found = models.load("timm:resnet18.tv_in1k").preprocess
+    assert found.mean == (0.485, 0.456, 0.406) and found.std == (0.229, 0.224, 0.225)
+    assert (found.size, found.interpolation, found.crop_fraction) == ((224, 224), "bilinear", 0.875)
+
+
 def test_open_clip_by_name_knows_quick_gelu(tmp_path, monkeypatch):
     import open_clip
 

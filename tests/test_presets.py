@@ -1,5 +1,6 @@
 """The paper's suites from small files of their published formats. No network."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import published
 import pytest
 
 from talos_fast import TalosError
-from talos_fast.tasks import PRESETS, get_preset
+from talos_fast.tasks import PRESETS, get_preset, language
+from talos_fast.tasks.language import Example
 
 VISION, LANGUAGE = get_preset("vision8"), get_preset("language7")
 
@@ -66,6 +68,13 @@ def test_a_plain_image_folder_will_do(tmp_path):
     assert task.class_names == ("annual crop land", "river") and len(task.test) == 6
 
 
+@pytest.mark.parametrize("name", ["eurosat", "dtd"])
+def test_what_is_held_out_follows_the_seed(tmp_path, name):
+    published.VISION[name](tmp_path / name)
+    first, again, other = (VISION.task(name, tmp_path, seed=seed).train.inputs for seed in (0, 0, 1))
+    assert first == again != other
+
+
 LANGUAGE_EXPECTED = {
     "qasc": ((40, 32, 8), 2, "ABCDEFGH", "sand, forests"),
     "wiki_qa": ((40, 40, 40), 1, ("no", "yes"), "how are caves formed"),
@@ -110,11 +119,25 @@ def test_the_cut_of_validation_is_the_same_each_time(language_root, hub_cache):
     assert first.validation.labels.tolist() == second.validation.labels.tolist()
 
 
+@pytest.mark.parametrize("name", language.SOURCES)
+def test_each_split_is_made_of_its_own_rows(name):
+    source = replace(language.SOURCES[name], example=lambda row: Example(row["text"], 0), columns=())
+    rows = {split: [{"text": f"{split} {i}"} for i in range(40)] for split in ("train", "validation", "test")}
+    found = source.read(rows, "here")
+    train, cut = ("validation", "test") if name == "story_cloze" else ("train", "validation")
+    labelled = name in ("wiki_qa", "quartz", "paws")  # the published test rows
+    origins = {split: {text.split()[0] for text in part.inputs} for split, part in found.items()}
+    assert origins == {"train": {train}, "validation": {cut}, "test": {"test" if labelled else cut}}
+    assert not set(found["validation"].inputs) & set(found["test"].inputs)
+
+
 def test_presets_are_the_papers():
     assert len(VISION.tasks) == 8 and len(LANGUAGE.tasks) == 7 and LANGUAGE.control == "rte"
     assert VISION.recipes()["dtd"] == {"warmup": 500, "clip": 1.0, "epochs": 76}
     assert LANGUAGE.recipes()["paws"]["steps"] == 75_000 and "epochs" not in LANGUAGE.recipes()["paws"]
     assert LANGUAGE.batch_size * LANGUAGE.recipe["accumulate"] == 1024
+    assert (VISION.batch_size, VISION.lr, VISION.weight_decay) == (128, 1e-5, 0.1)
+    assert (LANGUAGE.batch_size, LANGUAGE.lr, LANGUAGE.weight_decay) == (64, 1e-4, 0.0)
     assert set(VISION.epochs) == set(VISION.tasks) and set(PRESETS) == {"vision8", "language7"}
 
 

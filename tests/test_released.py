@@ -67,6 +67,13 @@ def close(found, expected) -> None:
         torch.testing.assert_close(p, expected[name], rtol=1e-6, atol=1e-8, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.parametrize("kind, soft", [("clip", 0.1), ("t5", None)])
+def test_what_the_released_lota_did_is_said(kind, soft, tmp_path):
+    model, batches = case(kind, tmp_path)
+    info = train(model, batches, "lota").info
+    assert (info["compat"], info.get("soft"), info["density"]) == ("released", soft, 0.1)
+
+
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 def test_talos_trains_raw_parameters_densely_and_clips_by_the_whole_norm(kind, tmp_path):
     model, batches = case(kind, tmp_path)

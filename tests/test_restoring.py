@@ -3,13 +3,15 @@
 import copy
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from talos_fast import TaskVector
+from talos_fast import TalosError, TaskVector
+from talos_fast.evaluate import evaluate_along
 from talos_fast.restoring import restoring_all_but_parameters, restoring_modes, restoring_parameters
 
 
@@ -76,6 +78,16 @@ def test_a_vector_is_applied_and_reverted_whole():
             verb(model)
         assert pressing.pressed
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("batches", [1, 0])
+def test_a_model_is_as_before_that_was_evaluated_along_a_vector(batches):
+    base, data = nn.Linear(4, 3), [(torch.randn(5, 4), torch.arange(5) % 3)] * batches
+    before, vector = copy.deepcopy(base.state_dict()), TaskVector(base, nn.Linear(4, 3))
+    refused = nullcontext() if data else pytest.raises(TalosError, match="there is no batch to evaluate on")
+    with refused:
+        evaluate_along(base, vector, data, [0.5, 1.0])
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
 def test_modes_come_back_though_one_presses_meanwhile():

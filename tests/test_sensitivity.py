@@ -15,6 +15,7 @@ from talos_fast import TalosError
 from talos_fast.sensitivity import maskable_parameters, sensitivities
 from talos_fast.sensitivity.estimators import Draws, probe
 from talos_fast.sensitivity.per_sample import gradients_one_by_one
+from talos_fast.sensitivity.ranks import Ranks
 
 
 def open_clip_tower(width: int = 48) -> nn.Module:
@@ -47,6 +48,10 @@ class Net(nn.Module):
         h = self.shared(torch.tanh(self.shared(h))) * self.scale + self.shift
         h = self.norm(h @ self.right)
         return self.out(torch.tanh(self.time_first(h.transpose(0, 1))).sum(0))
+
+
+def layer_and_batch(classes: int = 3) -> tuple[nn.Linear, tuple[torch.Tensor, torch.Tensor]]:
+    return nn.Linear(4, classes), (torch.randn(5, 4), torch.randint(0, classes, (5,)))
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 9])
@@ -130,6 +135,33 @@ def test_repeats_average_and_seeds_repeat():
     assert any(not torch.equal(again[name], other[name]) for name in again)
 
 
+def test_the_probes_of_an_input_are_different_ones():
+    net, batch = layer_and_batch()
+    one, two = (sensitivities(net, [batch], samples_per_input=repeats)["weight"] for repeats in (1, 2))
+    assert not torch.allclose(one, two)
+
+
+@pytest.mark.parametrize("estimator", ["jacobian", "sampled-logit"])
+def test_a_single_logit_is_scored_where_its_probability_is_not_asked_for(estimator):
+    net, batch = layer_and_batch(classes=1)
+    found = sensitivities(net, [batch], estimator=estimator)
+    torch.testing.assert_close(found["weight"][0], batch[0].square().sum(0))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_scores_have_the_dtype_that_is_asked_for(dtype):
+    net, batch = layer_and_batch()
+    found = sensitivities(net, [batch], dtype=dtype)
+    assert {score.dtype for score in found.values()} == {dtype or torch.float32}
+
+
+def test_all_ranks_get_the_sum(monkeypatch):
+    net, batch = layer_and_batch()
+    alone = sensitivities(net, [batch])
+    monkeypatch.setattr(Ranks, "sum", lambda self, tensors: [tensor.mul_(2) for tensor in tensors])  # a twin's
+    assert all(torch.equal(score, 2 * alone[name]) for name, score in sensitivities(net, [batch]).items())
+
+
 def test_the_model_is_left_as_it_was():
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
     model[2].bias.requires_grad_(False)
@@ -175,6 +207,13 @@ def test_maskable_parameters_and_their_refusals():
         maskable_parameters(nn.Embedding(3, 3))
     with pytest.raises(TalosError, match="estimator='x': choose one of fisher"):
         sensitivities(model, [images()], estimator="x")
+
+
+def test_what_is_frozen_or_excluded_is_not_maskable():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].bias.requires_grad_(False)
+    assert list(maskable_parameters(net)) == ["0.weight", "1.weight", "1.bias"]
+    assert list(maskable_parameters(net, include="*", exclude="1.*")) == ["0.weight"]
 
 
 @pytest.mark.parametrize("name, frozen", [

@@ -55,13 +55,14 @@ def test_another_plan_is_refused(tmp_path):
         Cells(tmp_path, asdict(replace(PLAN, steps=4, seed=1)))
 
 
-def test_rates_grow_while_the_end_is_best(backbone, monkeypatch):
-    """Validation accuracy rises with the rate up to 8 and falls after it: 1, 2 grow to 4, 8 and 16."""
+@pytest.mark.parametrize("best, tried", [(8.0, [1, 2, 4, 8, 16]), (0.25, [0.125, 0.25, 0.5, 1, 2])])
+def test_rates_grow_while_an_end_is_best(backbone, monkeypatch, best, tried):
+    """Validation accuracy falls on both sides of the best rate: 1 and 2 grow until one beyond it was tried."""
     plan = replace(PLAN, learning_rates={"nonlinear": (1.0, 2.0)}, extend=5)
     made = Study(backbone, [task := image_task()], task, plan, progress=False)
-    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": -abs(lr - 8.0)})
+    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": -abs(lr - best)})
     found = made._learner.rate("nonlinear")
-    assert found["lr"] == 8.0 and [float(lr) for lr in found["validation_by_lr"]] == [1, 2, 4, 8, 16]
+    assert found["lr"] == best and [float(lr) for lr in found["validation_by_lr"]] == tried
 
 
 def test_the_control_has_a_stand_in_when_it_is_forgotten(backbone):

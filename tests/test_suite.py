@@ -13,14 +13,15 @@ import numpy as np
 import published
 import pytest
 import torch
+from cli_cases import run_line
 from PIL import Image
 from tiny_models import image_task, tiny_clip
 
 from talos_fast import Mask, TalosError, TaskVector, tasks
-from talos_fast.cli import main
-from talos_fast.cli.suite import _done
-from talos_fast.study import MethodResult, Plan, examiner, learner
+from talos_fast.cli.suite import _done, _shortened
+from talos_fast.study import MethodResult, Plan, Study, examiner, learner
 from talos_fast.suite import Suite, choose_methods, run_suite, task_digest
+from talos_fast.tasks import Split
 
 METHODS = ("nonlinear", "linearized", "l-lora", "lota", "talos")
 PLAN = Plan({method: (1e-3,) for method in METHODS}, steps=3, batch_size=6, samples=8)
@@ -133,14 +134,6 @@ def test_nothing_is_measured_again(place, finished, monkeypatch):
     assert [row.to_json() for row in again.methods] == [row.to_json() for row in finished[1].methods]
 
 
-def run(monkeypatch, capfd, line: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["talos-fast", *line.split()])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capfd.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
 COMMAND = "suite --model tiny --tasks a b --control c --methods talos,nonlinear --lr 1e-3 --lr talos=1e-2 --steps 8"
 COMMAND += " --batch-size 6 --samples 8 --limit 4 --test-limit 4 -q --out "
 
@@ -162,7 +155,7 @@ def test_killed_and_resumed_on_the_command_line(place, monkeypatch, capfd):
     assert process.wait() == -signal.SIGKILL and not (place / "killed" / "report.json").exists()
     reports = []
     for out in ("killed", "alone"):
-        code, said, errors = run(monkeypatch, capfd, COMMAND + out)
+        code, said, errors = run_line(monkeypatch, capfd, COMMAND + out)
         assert code == 0, errors
         assert "talos: done" in said and (place / out / "table.md").is_file()
         reports.append(same(json.loads((place / out / "report.json").read_text())))
@@ -173,7 +166,7 @@ def test_killed_and_resumed_on_the_command_line(place, monkeypatch, capfd):
 def test_without_a_control_nothing_is_negated(place, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(place)
     line = f"suite --model tiny a b --methods nonlinear --lr 1e-3 --steps 1 --batch-size 6 -q --out {tmp_path / 'o'}"
-    code, said, errors = run(monkeypatch, capfd, line)
+    code, said, errors = run_line(monkeypatch, capfd, line)
     assert code == 0 and "nonlinear: done" in said, errors
     row = json.loads((tmp_path / "o" / "report.json").read_text())["methods"][0]
     assert row["target"] == {} and set(row["added"]) == {"a", "b"}
@@ -196,7 +189,7 @@ def test_a_preset_from_a_folder(tmp_path, monkeypatch, capfd):
     line = (
         f"suite --model tiny --preset vision8 --data {tmp_path} --methods talos --samples 8 -q --out {tmp_path / 'o'}"
     )
-    code, _, errors = run(monkeypatch, capfd, line)
+    code, _, errors = run_line(monkeypatch, capfd, line)
     assert code == 0, errors
     cells = tmp_path / "o" / "cells" / "talos"
     info = TaskVector.from_pretrained(cells / "0.001" / "mnist").info
@@ -226,7 +219,7 @@ def test_a_preset_from_a_folder(tmp_path, monkeypatch, capfd):
 ])  # fmt: skip
 def test_bad_commands(place, monkeypatch, capfd, line, said):
     monkeypatch.chdir(place)
-    code, _, errors = run(monkeypatch, capfd, f"suite --model tiny {line}")
+    code, _, errors = run_line(monkeypatch, capfd, f"suite --model tiny {line}")
     assert code == 2 and said in errors and errors.startswith("error: ") and errors.count("\n") == 1
     assert not (place / "suite").exists()
 
@@ -267,10 +260,39 @@ def test_another_run_is_refused(place, finished):
     assert choose_methods(["talos, nonlinear"]) == ["nonlinear", "talos"] and choose_methods(["all"]) == list(METHODS)
 
 
+def test_what_makes_it_another_run(tmp_path, monkeypatch):
+    def stopped(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(Study, "zero_shot", stopped)
+    model, task, plan = backbone(), image_task(), replace(SMALL, learning_rates={"lota": (1e-3,)})
+    with pytest.raises(NotImplementedError):
+        run_suite(model, Suite([task], None, plan), tmp_path, progress=False)
+    with pytest.raises(TalosError, match=r"another plan \(recipes.colours"):
+        run_suite(model, Suite([task], None, plan, {"colours": {"warmup": 1}}), tmp_path, progress=False)
+    both = replace(plan, learning_rates={"nonlinear": (1e-2,), "lota": (1e-3,)})  # whose vectors LoTA would start from
+    with pytest.raises(TalosError, match="the results of 'lota' there were made with the learning rates"):
+        run_suite(model, Suite([task], None, both), tmp_path, progress=False)
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1)
+    with pytest.raises(TalosError, match=r"another plan \(base: "):
+        run_suite(model, Suite([task], None, plan), tmp_path, progress=False)
+
+
 def test_digests_follow_the_content(place):
     a = tasks.load(place / "a")
     assert task_digest(a) == task_digest(tasks.load(place / "a")) != task_digest(tasks.load(place / "b"))
     assert task_digest(image_task(per_split=12)) != task_digest(image_task(per_split=13))
+
+
+def test_digests_follow_labels_prompts_and_choices_but_not_the_place(tmp_path):
+    task = image_task()
+    turned = replace(task, test=Split(task.test.inputs, task.test.labels[::-1]))
+    assert len({task_digest(one) for one in (task, turned, replace(task, templates=("x {}",)))}) == 3
+    rows = [Split(["x", "y"], np.array([0, 1]), choices=[("a", last), ("a", "b")]) for last in "bc"]
+    assert len({task_digest(replace(task, class_names=("A", "B"), train=r, validation=r, test=r)) for r in rows}) == 2
+    places = [Split([tmp_path / place / "cat" / "1.png"], np.array([0])) for place in ("here", "there")]
+    assert len({task_digest(replace(task, train=p, validation=p, test=p)) for p in places}) == 1
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
@@ -290,3 +312,8 @@ def test_a_rate_at_the_end_of_those_tried_is_said():
     assert "0.0123457 is the largest rate tried" in _done(row) and "--lr talos=RATE" in _done(row)
     assert _done(replace(row, lr=1e-3)) == "talos: done"
     assert _done(replace(row, method="nonlinear+ties")) == "nonlinear+ties: done"
+
+
+def test_a_shorter_run_warms_up_for_a_tenth():
+    assert _shortened({"epochs": 5, "warmup": 500, "clip": 1.0}, 20) == {"warmup": 2, "clip": 1.0, "steps": 20}
+    assert _shortened({"warmup": 500}, 50_000) == {"warmup": 500, "steps": 50_000}

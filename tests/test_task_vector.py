@@ -72,6 +72,14 @@ def test_revert_after_any_coefficient(dtype):
     assert equal(model, base)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_scaled_vector_is_as_exact(dtype, factor):
+    base, tuned = states(dtype)
+    model = {name: t.clone() for name, t in base.items()}
+    assert equal((factor * TaskVector(base, tuned)).apply_to(model, 1 / factor), tuned)
+
+
 def test_algebra_matches_dense_arithmetic():
     base, first = states(torch.float32)
     torch.manual_seed(1)
@@ -95,7 +103,7 @@ def test_algebra_matches_dense_arithmetic():
     assert a.dot(b) == pytest.approx(float(flat_a @ flat_b))
     assert a.norm() == pytest.approx(float(flat_a.norm()))
     assert a.cosine(b) == pytest.approx(float(torch.cosine_similarity(flat_a, flat_b, dim=0)))
-    assert (a - a).norm() == 0
+    assert (a - a).norm() == a.cosine(a - a) == a.cosine(TaskVector.from_deltas({})) == 0
     assert a.overlap(a)["total"] == 1
 
 
@@ -114,6 +122,15 @@ def test_modules_and_checkpoints(tmp_path):
     assert TaskVector(tmp_path / "base.safetensors", tmp_path).nnz == vector.nnz
     edited = vector.apply_to(copy.deepcopy(base))
     assert equal(edited.state_dict(), tuned.state_dict())
+
+
+def test_buffers_that_are_not_saved_are_no_part_of_a_vector():
+    base = nn.Linear(2, 2)
+    base.register_buffer("cache", torch.zeros(3), persistent=False)
+    tuned = copy.deepcopy(base)
+    tuned.cache += 1
+    tuned.bias.data += 1
+    assert list(TaskVector(base, tuned)) == ["bias"]
 
 
 def test_files_are_small(tmp_path):
@@ -176,6 +193,16 @@ def test_apply_twice_and_revert_unapplied():
     vector.apply_to(base)
     with pytest.raises(TalosError, match="applied to this model already"):
         vector.apply_to(base)
+
+
+@pytest.mark.parametrize("kind", ["module", "state dict"])
+def test_what_was_reverted_may_be_applied_again(kind):
+    base = nn.Linear(4, 3)
+    vector, target = TaskVector(base, nn.Linear(4, 3)), base if kind == "module" else base.state_dict()
+    for _ in range(2):
+        vector.revert(vector.apply_to(target))
+    with pytest.raises(TalosError, match="not applied to this model"):
+        vector.revert(target)
 
 
 def test_replace_needs_its_base(tmp_path):
@@ -291,7 +318,7 @@ def test_models_that_a_vector_is_applied_to_may_go():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_digests_are_of_bits_but_for_the_sign_of_zeros(dtype):
+def test_digests_are_of_shapes_and_bits_but_for_the_sign_of_zeros(dtype):
     tensor = torch.tensor([1.5, torch.finfo(dtype).smallest_normal / 2, 0.0, float("nan")], dtype=dtype)
     expected = identify(tensor)
     torch.set_flush_denormal(True)
@@ -302,6 +329,7 @@ def test_digests_are_of_bits_but_for_the_sign_of_zeros(dtype):
     assert identify(torch.where(tensor == 0, -0.0, tensor)) == expected
     assert identify(torch.where(tensor == 1.5, -1.5, tensor)) != expected
     assert identify(tensor.new_zeros(4)) != expected
+    assert identify(tensor.view(2, 2)) != expected
 
 
 def test_the_sign_of_a_zero_makes_no_other_base():

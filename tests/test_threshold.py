@@ -93,6 +93,13 @@ def test_histogram_counts_what_is_no_score(device):
         assert counts[-1] == 4 * 9
 
 
+@pytest.mark.parametrize("run", [torch.ops.talos_fast.radix_histogram_, radix_histogram_reference])
+def test_histogram_counts_negative_zeros_as_zeros(run, device):
+    counts = torch.zeros(COUNTS, dtype=torch.int64, device=device)
+    run(counts, torch.tensor([-0.0, 0.0, -0.0], device=device), 0, 0)
+    assert counts[0] == counts.sum() == 3
+
+
 def test_histogram_passes_opcheck(device):
     pytest.importorskip("expecttest", reason="opcheck needs expecttest")
     arguments = (torch.zeros(COUNTS, dtype=torch.int64, device=device), torch.rand(50, device=device), 0, 0)

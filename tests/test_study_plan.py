@@ -1,0 +1,131 @@
+"""A study's runs follow its plan, read the split that they are for, and are compared with what they should be."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_study_resume import PLAN
+from tiny_models import image_task, tiny_clip
+
+from talos_fast import TaskVector
+from talos_fast.cells import Cells
+from talos_fast.models import Backbone
+from talos_fast.study import Study
+from talos_fast.study import study as engine
+
+# No figure is a default, or that of another.
+ODD = replace(
+    PLAN, learning_rates={name: (1e-3,) for name in ("nonlinear", "lota", "talos")}, density=0.3, samples=5,
+    weight_decay=0.25, seed=3, limit=7, test_limit=4,
+)  # fmt: skip
+TASK = image_task()
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_clip()
+
+
+@pytest.fixture
+def odd(backbone) -> Study:
+    return Study(backbone, [TASK], TASK, ODD, progress=False)
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[tuple[str, int | None, int]]:
+    """The (split, limit, seed) of all batches of TASK."""
+    batches, found = Backbone.batches, []
+    splits = {id(getattr(TASK, split)): split for split in ("train", "validation", "test")}
+
+    def watched(self, split, *, limit=None, seed=0, **options):
+        found.append((splits[id(split)], limit, seed))
+        return batches(self, split, limit=limit, seed=seed, **options)
+
+    monkeypatch.setattr(Backbone, "batches", watched)
+    return found
+
+
+def vector(size: float) -> TaskVector:
+    return TaskVector({"w": torch.zeros(2)}, {"w": torch.tensor([size, 0.0])})
+
+
+def test_a_mask_is_made_of_the_plan_and_of_training_examples(odd, read):
+    info = odd.mask(TASK).info
+    assert read == [("train", 5, 3)]
+    assert (info["density"], info["seed"], info["samples"]) == (0.3, 3, 5)
+
+
+@pytest.mark.parametrize("method", ODD.learning_rates)
+def test_a_vector_is_made_of_the_plan_and_of_training_examples(odd, read, method):
+    """LoTA's first run is the vector of another method, whose rate is chosen on validation examples."""
+    info = odd._learner.vector(method, 1e-3, TASK).info
+    assert (info["weight_decay"], info["seed"], info["steps"]) == (0.25, 3, 3)
+    assert {split for split, *_ in read} == {"train", *(["validation"] if method == "lota" else [])}
+    assert method != "lota" or info["density"] == 0.3
+
+
+def test_choices_are_made_on_validation_examples_and_test_examples_are_reported(odd, read):
+    odd._examiner.validate(TASK, odd._nothing)
+    odd._examiner.test(TASK, odd._nothing)
+    odd.predict(TASK, 5)
+    assert read == [("validation", 7, 3), ("test", 4, 3), ("validation", 5, 3)]
+
+
+def test_the_seconds_of_a_vector_are_those_of_all_that_it_needs(odd):
+    learner = odd._learner
+    alone = {name: learner.vector(name, 1e-3, TASK).info["seconds"] for name in ODD.learning_rates}
+    found = {name: learner.outcome(name, 1e-3, TASK)["seconds"] for name in ODD.learning_rates}
+    assert found["nonlinear"] == alone["nonlinear"] > 0
+    assert found["talos"] == alone["talos"] + odd.mask(TASK).info["seconds"]
+    assert found["lota"] == alone["lota"] + alone["nonlinear"]
+    assert odd.learn("talos")[0].seconds == found["talos"]
+
+
+def test_addition_is_held_against_each_task_s_own_vector(backbone, monkeypatch):
+    tasks = [image_task("three", 3), image_task("four", 4)]
+    made = Study(backbone, tasks, None, replace(PLAN, addition_grid=(0.0, 2.0)), progress=False)
+    monkeypatch.setattr(made._examiner, "validate", lambda task, v, alphas=(1.0,): [v.norm() * a for a in alphas])
+    found = made._search_addition({"three": vector(0.25), "four": vector(0.5)}, vector(0.75))
+    assert found.references == (0.25, 0.5) and found.alpha == 2.0 and found.best.accuracies == (1.5, 1.5)
+
+
+def test_negation_has_a_grid_and_a_floor_of_its_own(backbone, monkeypatch):
+    task, control = image_task("three", 3), image_task("control", 4)
+    plan = replace(PLAN, negation_grid=(0.0, 2.0), control_floor=0.5)
+    made, start = Study(backbone, [task], control, plan, progress=False), {"three": 0.8, "control": 0.6}
+    monkeypatch.setattr(
+        made._examiner, "validate", lambda task, v, alphas=(1.0,): [start[task.name] - 0.1 * a for a in alphas]
+    )
+    found = made._search_negation(task, control, -vector(1.0))
+    assert (found.alpha, found.references, found.control) == (2.0, (0.8,), 0.6)
+
+
+def test_a_rival_merges_by_its_own_method(backbone, monkeypatch):
+    given, combine = [], engine.combine
+
+    def watched(vectors, **options):
+        given.append(options)
+        return combine(vectors, **options)
+
+    monkeypatch.setattr(engine, "combine", watched)
+    plan = replace(PLAN, learning_rates={"nonlinear": (1e-3,)}, addition_grid=(0.0, 1.0))
+    made = Study(backbone, [image_task("three", 3), image_task("four", 4)], None, plan, progress=False)
+    assert made.rival("magnitude_prune")["method"] == "nonlinear+magnitude_prune"
+    assert given == [{}, {"method": "magnitude_prune"}]
+
+
+@pytest.mark.parametrize("kept", ["in memory", "in a folder"])
+def test_dropped_vectors_are_made_again(tmp_path, kept):
+    cells, made = Cells(tmp_path if kept == "in a folder" else None, {}), []
+
+    def make() -> TaskVector:
+        made.append(1)
+        return vector(1.0)
+
+    for _ in range(2):
+        cells.vector("v", make)
+    assert len(made) == 1
+    cells.drop("v")
+    assert not (tmp_path / "v").exists()
+    cells.vector("v", make)
+    assert len(made) == 2
