@@ -17,6 +17,13 @@ def test_one_entry_at_least_is_selected():
     assert calibrate(model(), batches(), density=1e-9, progress=False).selected == 1
 
 
+def test_the_watched_rows_have_their_share_of_few_entries(monkeypatch):
+    """Of 100 watched rows' entries less than half of one would be selected."""
+    monkeypatch.setattr("talos_fast.stability.WATCHED", 100)
+    mask = calibrate(model(), batches(), density=1e-3, progress=False)
+    assert 0 < mask.selected <= 2 and 0 <= mask.info["stability"] <= 1
+
+
 def test_every_round_draws_probes_of_its_own(monkeypatch):
     seeds, score = [], Scorer.score
 

@@ -1,5 +1,6 @@
 """What happens to files that are missing, cut, changed, foreign, or cannot be written."""
 
+import errno
 import os
 
 import pytest
@@ -114,6 +115,19 @@ def test_a_place_that_is_no_folder(mask):
         pytest.skip("no /dev/full on this system")
     with pytest.raises(TalosError, match="cannot be written"):
         mask.save("/dev/full/mask.safetensors")
+
+
+@pytest.mark.parametrize("number, advice", [
+    (errno.ENOSPC, "free some space or choose another place"), (errno.EISDIR, r"\); choose another place"),
+])  # fmt: skip
+def test_the_advice_is_about_what_happened(tmp_path, monkeypatch, number, advice):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(TalosError, match=f"cannot be written .*{advice}"):
+        write_json(tmp_path / "a.json", {})
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_output_is_checked_before_the_work(tmp_path, monkeypatch):

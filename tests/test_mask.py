@@ -33,6 +33,12 @@ def test_a_tensor_without_entries_selects_nothing(scope):
     assert mask.counts() == {"w": 2, "none": 0} and mask["none"].shape == (0, 3)
 
 
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+def test_no_scores_make_no_mask(scope):
+    with pytest.raises(TalosError, match="calibrate at least one parameter"):
+        Mask.from_scores({}, 0.1, scope=scope)
+
+
 def test_a_selection_says_how_it_was_made(scores):
     mask = Mask.from_scores(scores, sparsity=0.75, scope="per_tensor", keep="highest", info={"task": "x"})
     assert mask.info == {"density": 0.25, "scope": "per_tensor", "keep": "highest", "task": "x"}

@@ -208,6 +208,18 @@ def test_foreign_labels_and_paths(tmp_path):
         tasks.load(tmp_path / "t.csv")
 
 
+def test_spaces_around_a_label_make_no_class(tmp_path, caplog):
+    path = tmp_path / "r.jsonl"
+    rows = [("train", "a"), ("train", " a "), ("validation", "b "), ("train", "c"), ("test", "a"), ("test", "d")]
+    path.write_text("\n".join(json.dumps({"split": split, "text": "x", "label": label}) for split, label in rows))
+    task = tasks.load(path)
+    assert task.class_names == ("a", "b", "c", "d") and task.train.labels.tolist() == [0, 0, 2]
+    assert "train has no example of b, d; nothing will learn them" in caplog.text
+    caplog.clear()
+    tasks.load(write_rows(tmp_path / "whole.jsonl", ["a", "b"] * 20))
+    assert not caplog.text
+
+
 def test_foreign_folders(tmp_path):
     with pytest.raises(TalosError, match="found no train folder"):
         tasks.load(tmp_path)
