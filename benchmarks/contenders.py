@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from rivals import OPTIONS, PaperIteration, as_the_paper_ran_it, through_torch
 from workloads import Workload, build
 
-from talos_fast.forward import default_forward, labels_of
+from talos_fast.batch import labels_of
+from talos_fast.forward import default_forward
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
 from talos_fast.methods.masked import masked

@@ -10,7 +10,8 @@ from torch.func import jvp
 from torch.optim import AdamW, Optimizer
 from workloads import Workload
 
-from talos_fast.forward import Batch, Forward, default_forward, functional_forward, labels_of
+from talos_fast.batch import Batch, labels_of
+from talos_fast.forward import Forward, default_forward, functional_forward
 from talos_fast.linear import differentiable_forward
 from talos_fast.methods import Setup
 from talos_fast.methods.l_lora import LORA_ALPHA, RANK, lora_adapters, lora_changes

@@ -21,7 +21,7 @@ class Subject:
     size: int
 
     def to(self, device: str) -> "Subject":
-        from talos_fast.forward import to_device
+        from talos_fast.batch import to_device
 
         return Subject(self.model.to(device), to_device(self.batch, torch.device(device)), self.size)
 

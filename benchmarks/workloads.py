@@ -15,7 +15,7 @@ from shapes import DENSITY, KEY_DENSITY, QUERY_DENSITY, random_mask, talos_mask
 from torch import nn
 
 from talos_fast import Mask
-from talos_fast.forward import Batch
+from talos_fast.batch import Batch
 from talos_fast.models import Classifier
 from talos_fast.models.heads import ChoiceHead, CosineHead
 from talos_fast.models.t5 import T5Choices

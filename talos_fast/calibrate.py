@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from talos_fast.arguments import checked_seed, require_integer, require_number, resolve_density, share
+from talos_fast.batch import Batches
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
-from talos_fast.forward import Batches, Forward, default_forward, device_of, unwrapped
+from talos_fast.forward import Forward, default_forward
 from talos_fast.interrupt import interruptible
 from talos_fast.mask import Mask
+from talos_fast.modules import device_of, unwrapped
 from talos_fast.random_state import repeatable
 from talos_fast.restoring import restoring_parameters
 from talos_fast.rounds import Flags, RoundFile, Survivors, data_digest

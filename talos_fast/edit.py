@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from talos_fast.delta import SparseDelta, union
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Target, named_tensors
-from talos_fast.forward import unwrapped
 from talos_fast.indexing import gather, scatter_
 from talos_fast.interrupt import uninterrupted
+from talos_fast.modules import unwrapped
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from talos_fast.along import movable
+from talos_fast.batch import Batches, to_device
 from talos_fast.edit import require_finite
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batches, Forward, checked_logits, default_forward, device_of, to_device
+from talos_fast.forward import Forward, checked_logits, default_forward
 from talos_fast.linear import Linearized
+from talos_fast.modules import device_of
 from talos_fast.restoring import restoring_modes
 from talos_fast.task_vector import TaskVector
 

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from talos_fast.arguments import checked_seed, require_integer, require_number
+from talos_fast.batch import Batches
 from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
-from talos_fast.forward import Batches, Forward, default_forward, require_plain
+from talos_fast.forward import Forward, default_forward
 from talos_fast.mask import Mask
 from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
+from talos_fast.modules import require_plain
 from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
 from talos_fast.step import Amp, Loss, require_amp_and_clip
 from talos_fast.task_vector import TaskVector

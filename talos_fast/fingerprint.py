@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from talos_fast.batch import Batch, tensors_of
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, tensors_of, unwrapped
+from talos_fast.modules import unwrapped
 
 Fingerprint = dict[str, str]
 """Parameter name -> "dtype shape digest", such as "float32 768x768 9f86d081884c7d65"."""

@@ -12,9 +12,10 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
+from talos_fast.batch import Batch
 from talos_fast.edit import fitting, require_finite
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward
+from talos_fast.forward import Forward
 from talos_fast.gradient_checkpointing import is_checkpointed_block
 from talos_fast.tangents import Direction, Tangents
 from talos_fast.task_vector import TaskVector

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from talos_fast.along import moved
+from talos_fast.batch import Batch, Batches, to_device
 from talos_fast.edit import fitting
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
-from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, functional_forward, to_device
+from talos_fast.forward import Forward, default_forward, functional_forward
 from talos_fast.linear import differentiable_forward
 from talos_fast.merge import Evaluate
+from talos_fast.modules import device_of
 from talos_fast.sparse_vector import common
 from talos_fast.task_vector import TaskVector
 

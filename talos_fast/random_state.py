@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talos_fast.forward import Batch, Batches
+from talos_fast.batch import Batch, Batches
 
 
 def sources(batches: Batches) -> list[Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from talos_fast.batch import Batches
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import batch_digest
-from talos_fast.forward import Batches
 from talos_fast.mask import Mask
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.stability import watched_rows

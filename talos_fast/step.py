@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from talos_fast.arguments import require_number
+from talos_fast.batch import Batch, differentiable, to_device
 from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, check_facts, differentiable, logits_facts, logits_of, to_device
+from talos_fast.forward import check_facts, logits_facts, logits_of
 from talos_fast.methods import Setup
 from talos_fast.watch import Watch
 

@@ -14,10 +14,10 @@ from talos_fast import report, writing
 from talos_fast.cells import Cells
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
-from talos_fast.forward import device_of
 from talos_fast.merging import METHODS as MERGINGS
 from talos_fast.methods import METHODS, get_method
 from talos_fast.models import Backbone
+from talos_fast.modules import device_of
 from talos_fast.study import MethodResult, Plan, Study, StudyResult
 from talos_fast.tasks import Split, Task
 from talos_fast.tasks.base import check_distinct

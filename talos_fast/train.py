@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from talos_fast.batch import Batch, Batches
 from talos_fast.checkpoint import Checkpoint, Position, Progress
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import batch_digest
-from talos_fast.forward import Batch, Batches
 from talos_fast.interrupt import interruptible, uninterrupted
 from talos_fast.methods import Setup
 from talos_fast.random_state import RandomState, seeded, sources

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from talos_fast import TalosError, calibrate, finetune, merge, models
-from talos_fast.forward import default_forward, labels_of
+from talos_fast.batch import labels_of
+from talos_fast.forward import default_forward
 from talos_fast.methods import get_method
 from talos_fast.methods.l_lora import lora_adapters
 from talos_fast.methods.released import ScoredAdamW

@@ -16,7 +16,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from talos_fast.forward import to_device
+from talos_fast.batch import to_device
 from talos_fast.gradient_checkpointing import lean_checkpointing
 from talos_fast.methods import METHODS, base
 from talos_fast.step import Step

@@ -11,8 +11,8 @@ from talos_fast import report, writing
 from talos_fast.demo.tasks import control_task, demo_tasks
 from talos_fast.disentanglement import disentanglement_error
 from talos_fast.errors import TalosError
-from talos_fast.forward import device_of
 from talos_fast.models import Backbone
+from talos_fast.modules import device_of
 from talos_fast.plots import plot_disentanglement, plot_mask
 from talos_fast.study import Plan, Study, StudyResult
 from talos_fast.tables import show, show_means, table

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from talos_fast.arguments import check_weight_decay
+from talos_fast.batch import Batch
 from talos_fast.delta import SparseDelta
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
-from talos_fast.forward import Batch, Forward
+from talos_fast.forward import Forward
 from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
 

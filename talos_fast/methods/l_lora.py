@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from talos_fast.batch import Batch
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch
 from talos_fast.linear import Linearized
 from talos_fast.methods.base import Deltas, Options, Request, Setup, differences
 from talos_fast.structure import parts

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from talos_fast.forward import Batch
+from talos_fast.batch import Batch
 from talos_fast.linear import Linearized
 from talos_fast.methods.base import Request, Setup, differences, snapshot, trainable
 

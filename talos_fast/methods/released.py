@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from talos_fast.forward import Batch, functional_forward
+from talos_fast.batch import Batch
+from talos_fast.forward import functional_forward
 from talos_fast.mask import Mask
 from talos_fast.methods.base import Deltas, Request, Setup, differences, snapshot
 from talos_fast.methods.l_lora import ADAPTED, lora_adapters, lora_changes, rank_and_alpha

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from talos_fast.arguments import checked_seed
+from talos_fast.batch import Batch
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch
 from talos_fast.tasks.base import Inputs, Modality, Split, Task
 
 logger = logging.getLogger("talos_fast")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from talos_fast.errors import TalosError, needs
-from talos_fast.forward import usable_device
 from talos_fast.models import encoders, open_clip, t5, timm
 from talos_fast.models.base import Backbone
+from talos_fast.modules import usable_device
 
 PREFIXES = ("open_clip", "timm", "hf", "t5")
 

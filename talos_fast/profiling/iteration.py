@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from talos_fast.forward import Batch
+from talos_fast.batch import Batch
 from talos_fast.methods import Setup
 from talos_fast.methods.base import Deltas
 from talos_fast.profiling.work import Work, count_work

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from talos_fast.batch import Batch, Batches, labels_of, to_device
 from talos_fast.environment import environment
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Batches, Forward, default_forward, device_of, labels_of, require_plain, to_device
+from talos_fast.forward import Forward, default_forward
 from talos_fast.mask import Mask
 from talos_fast.methods import Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
+from talos_fast.modules import device_of, require_plain
 from talos_fast.profiling.iteration import LR, FinetuneIteration, without_export
 from talos_fast.profiling.measure import interleave, peak
 from talos_fast.profiling.memory import Memory, above

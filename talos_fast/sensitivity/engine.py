@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from talos_fast.forward import Batch, Batches, Forward, default_forward, unwrapped
+from talos_fast.batch import Batch, Batches
+from talos_fast.forward import Forward, default_forward
+from talos_fast.modules import unwrapped
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Ledger, Scorer

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from talos_fast.batch import Batch, labels_of, take
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward, check_logits, labels_of, logits_of, take
+from talos_fast.forward import Forward, check_logits, logits_of
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.per_sample import gradients_one_by_one

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from talos_fast.batch import Batch, map_tensors, take, tensors_of
 from talos_fast.errors import TalosError
-from talos_fast.forward import Batch, Forward, functional_forward, map_tensors, take, tensors_of
+from talos_fast.forward import Forward, functional_forward
 from talos_fast.sensitivity.process_wide import ProcessWide
 from talos_fast.sensitivity.uses import Accumulator
 

@@ -11,19 +11,10 @@ import talos_fast.sensitivity.attention
 import talos_fast.sensitivity.rules
 import talos_fast.sensitivity.views  # noqa: F401  (these three fill the registry)
 from talos_fast.arguments import require_integer
+from talos_fast.batch import Batch, Batches, differentiable, labels_of, to_device
 from talos_fast.errors import TalosError
-from talos_fast.forward import (
-    Batch,
-    Batches,
-    Forward,
-    check_logits,
-    device_of,
-    differentiable,
-    labels_of,
-    logits_of,
-    to_device,
-    usable_device,
-)
+from talos_fast.forward import Forward, check_logits, logits_of
+from talos_fast.modules import device_of, usable_device
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, check_probed, injected, probe

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from talos_fast.errors import TalosError
-from talos_fast.forward import unwrapped
+from talos_fast.modules import unwrapped
 
 FROZEN_BY_DEFAULT = (
     "*class_embedding", "*class_token", "*cls_token*", "*dist_token", "*distillation_token", "*mask_token",

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from talos_fast.batch import Batches, tensors_of, to_device
 from talos_fast.evaluate import evaluate_along
-from talos_fast.forward import Batches, default_forward, device_of, tensors_of, to_device
+from talos_fast.forward import default_forward
 from talos_fast.models import Backbone, Classifier
+from talos_fast.modules import device_of
 from talos_fast.study.plan import Plan
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Split, Task
