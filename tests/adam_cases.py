@@ -3,6 +3,7 @@
 import io
 
 import torch
+from torch import nn
 
 from talos_fast import MaskedAdam
 
@@ -79,3 +80,18 @@ def through_a_file(content):
 
 def equal(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def linear(place: str = "cpu") -> tuple[nn.Linear, torch.Tensor]:
+    """A layer without a bias, and a mask of about half of it."""
+    net = nn.Linear(4, 4, bias=False, device=device_of(place))
+    net.weight.data.copy_(drawn(4, 4))
+    return net, drawn(4, 4, seed=1) > 0
+
+
+def backward(net: nn.Linear) -> None:
+    net(torch.ones(1, 4, device=net.weight.device)).sum().backward()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,22 @@ print(ops.backend("cpu"), ops.backend("cuda"))
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_agrees(capability):
     run_python(PARITY.format(hide="", opcheck=False), ATEN_CPU_CAPABILITY=capability)
+
+
+STRAY_BITS = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from test_selection import test_bits_without_entries_move_nothing_beyond_the_moments as check
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    check(dtype)
+"""
+
+
+@pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_bits_without_entries_move_nothing_in_narrower_instruction_sets_either(capability):
+    run_python(STRAY_BITS.format(folder=str(Path(__file__).parent)), ATEN_CPU_CAPABILITY=capability)
 
 
 def test_without_the_libraries_torch_computes_and_says_so_once():

@@ -118,3 +118,12 @@ def test_every_method_keeps_its_parameters_in_float32(tmp_path):
         if method != "lota":  # its first run is nonlinear, its second is talos with another mask
             _, trained, _ = run("clip", method, tmp_path / method, plain=False, steps=1)
             assert all(p.dtype is torch.float32 for p in trained.values())
+
+
+def test_float64_is_not_exchanged():
+    """As autocast itself leaves it."""
+    layer = nn.Linear(4, 3).double().requires_grad_(False)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with CastOnce(layer, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    torch.testing.assert_close(found, x @ layer.weight.t() + layer.bias)

@@ -123,6 +123,14 @@ def test_under_a_grad_scaler(fused, unscale, entries):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_of_low_precision_gradients_is_float32(dtype):
+    p = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    norm = MaskedAdam([p]).clip_grad_norm_(1.0)
+    assert norm.dtype is torch.float32 and norm == 2
+
+
 def test_without_gradients_the_norm_is_zero():
     params, masks = setup()
     for p in params:

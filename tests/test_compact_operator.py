@@ -70,6 +70,7 @@ SPOILED = {
     "grad must be float32": lambda a: [a[0], a[1].int(), *a[2:]],
     "compact must be float64 for float64 gradients": lambda a: [a[0], a[1].double(), *a[2:]],
     "compact and grad must be contiguous": lambda a: [a[0], torch.randn(6000)[::2], *a[2:]],
+    "and grad must be contiguous": lambda a: [a[0].repeat_interleave(2)[::2], *a[1:]],
     "four columns": lambda a: [*a[:2], a[2][:, :3].contiguous(), a[3]],
     "index must be uint8": lambda a: [*a[:3], a[3].float()],
     "row 0 of work leaves the parameter": lambda a: [*a[:2], a[2] + 4096, a[3]],

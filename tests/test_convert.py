@@ -9,6 +9,8 @@ from adam_cases import (
     CLOSE_ON,
     assert_stepped_by,
     copied,
+    device_of,
+    drawn,
     equal,
     masks,
     on_cpu,
@@ -90,6 +92,28 @@ def test_from_adamw_takes_the_steps_of_old_checkpoints():
     assert all(torch.equal(state["step"], saved["state"][number]["step"]) for number, state in found.items() if state)
 
 
+def test_from_adamw_shares_no_count_of_steps_and_leaves_out_what_has_no_entry():
+    p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    theirs = AdamW([p, q])
+    run(theirs, [p, q], range(1))
+    found = from_adamw(theirs.state_dict(), [torch.arange(4) < 2, torch.zeros(4, dtype=torch.bool)])["state"]
+    run(theirs, [p, q], range(1, 2))
+    assert found[0]["step"] == 1 and found[1] == {}
+
+
+def test_from_adamw_in_bf16_goes_on_in_a_master():
+    p, q = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    theirs, mask = AdamW([q], lr=1e-4), torch.ones(4, dtype=torch.bool)
+    q.grad = torch.ones_like(q)
+    theirs.step()
+    optimizer = MaskedAdam([p], lr=1e-4, weight_decay=0.0, masks=[mask])
+    optimizer.load_state_dict(from_adamw(theirs.state_dict(), [mask]))
+    for _ in range(60):  # each too small for bf16
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert (p < 1).all() and optimizer.state[p]["master"].dtype is torch.float32
+
+
 def test_from_adamw_refuses_masks_that_do_not_fit():
     params = parameters()
     theirs = AdamW(params)
@@ -163,6 +187,30 @@ def test_set_masks_from_dense_and_back(layout):
     run(optimizer, [p], range(2, 4))
     run(theirs, [q], range(2, 4))
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_state_of_what_has_lost_its_mask_is_kept_as_adamw_keeps_it(dtype):
+    p = torch.nn.Parameter(drawn(4, 4, 3, 3).to(dtype).to(memory_format=torch.channels_last))
+    optimizer = MaskedAdam([p], masks=[drawn(4, 4, 3, 3, seed=1) > 0])
+    run(optimizer, [p], range(1))
+    optimizer.set_masks({})
+    q = torch.nn.Parameter(p.detach().clone())
+    run(oracle := AdamW([q]), [q], range(1))
+    found, expected = (
+        {key: (value.dtype, value.stride()) for key, value in state.items()}
+        for state in (optimizer.state[p], oracle.state[q])
+    )
+    assert found == expected
+
+
+def test_set_masks_wakes_what_had_no_entry(place):
+    p, q = (torch.nn.Parameter(torch.ones(4, device=device_of(place))) for _ in range(2))
+    optimizer = MaskedAdam([p, q], masks={p: torch.zeros(4, dtype=torch.bool)})
+    run(optimizer, [p, q], range(1))
+    optimizer.set_masks({p: torch.arange(4) < 2})
+    run(optimizer, [p, q], range(1, 2))
+    assert (p != 1).tolist() == [True, True, False, False]
 
 
 def test_set_masks_that_do_not_fit_change_nothing():

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -98,3 +99,17 @@ def test_every_signal_that_waited_is_delivered():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_in_other_threads_signals_are_left_alone():
+    """Only the main thread may handle them."""
+    before, found = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], []
+
+    def work():
+        with interruptible() as interrupted, uninterrupted():
+            found.extend([interrupted(), *map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False, *before]

@@ -6,28 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from adam_cases import CLOSE_ON, device_of
+from adam_cases import CLOSE_ON, backward, device_of, drawn, launches, linear
 from torch import nn
 from torch.optim import AdamW
 
 from talos_fast import Mask, MaskedAdam, TalosError
 from talos_fast.optim import to_adamw
 from talos_fast.optim.compact_gradient import CompactGradient
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
-def linear(place: str = "cpu") -> tuple[nn.Linear, torch.Tensor]:
-    """A layer without a bias, and a mask of about half of it."""
-    net = nn.Linear(4, 4, bias=False, device=device_of(place))
-    net.weight.data.copy_(drawn(4, 4))
-    return net, drawn(4, 4, seed=1) > 0
-
-
-def backward(net: nn.Linear) -> None:
-    net(torch.ones(1, 4)).sum().backward()
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
@@ -280,3 +265,42 @@ def test_a_group_of_adams_is_refused():
     assert adam.param_groups[0]["decoupled_weight_decay"] is False
     with pytest.raises(TalosError, match="decoupled_weight_decay=False"):
         MaskedAdam(adam.param_groups)
+
+
+def test_state_ends_with_the_last_selected_entry_and_begins_anew(place):
+    net, mask = linear(place)
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    for chosen in (mask, torch.zeros_like(mask), mask):
+        optimizer.set_masks([chosen])
+        backward(net)
+        optimizer.step()
+        assert bool(optimizer.state.get(net.weight)) == bool(chosen.any())
+    assert optimizer.state[net.weight]["step"] == 1
+
+
+def test_strided_gradients_without_masks(place):
+    p, q = (nn.Parameter(torch.ones(3, 4, device=device_of(place))) for _ in range(2))
+    p.grad = q.grad = drawn(4, 3).to(p.device).t()
+    MaskedAdam([p]).step()
+    AdamW([q]).step()
+    torch.testing.assert_close(p, q)
+
+
+def test_a_graph_of_what_did_not_step_can_be_differentiated(place):
+    w, v = (nn.Parameter(drawn(4, 4).to(device_of(place))) for _ in range(2))
+    optimizer = MaskedAdam([w, v], lr=0.1, masks=[drawn(4, 4, seed=1) > 0] * 2)
+    for p in (w, v):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    loss = (w @ w).square().sum()
+    w.grad = None
+    optimizer.step()
+    loss.backward()
+
+
+def test_what_is_not_to_be_fused_is_not_launched(place):
+    p = nn.Parameter(torch.ones(4, device=device_of(place)))
+    optimizer = MaskedAdam([p], fused=False)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not launches(optimizer)

@@ -101,3 +101,21 @@ def test_modes_come_back_though_one_presses_meanwhile():
     with pytest.raises(KeyboardInterrupt), restoring_modes(model):
         model.eval()
     assert all(module.training for module in model.modules())
+
+
+def test_modes_come_back_though_a_module_does_not_listen():
+    class Stubborn(nn.Sequential):
+        def train(self, mode: bool = True):
+            return super().train(False)
+
+    model = Stubborn(nn.Linear(2, 2))
+    with restoring_modes(model):
+        model.eval()
+    assert model.training and model[0].training
+
+
+def test_gradients_of_meanwhile_are_cleared():
+    model = Buffered()
+    with restoring_all_but_parameters(model):
+        model.linear(torch.ones(1, 2)).sum().backward()
+    assert model.linear.weight.grad is None and model.linear.bias.grad is None

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch.utils.data import (
 )
 
 from talos_fast import TalosError, calibrate, finetune
+from talos_fast.checkpoint import Checkpoint
 
 
 def net() -> nn.Module:
@@ -161,3 +163,65 @@ def test_the_seconds_of_an_interrupted_run_count(tmp_path):
         finetune(net(), DataLoader(data(), 8), forward=slow, **options)
     assert finetune(net(), DataLoader(data(), 8), **options).info["seconds"] > 0.8
     assert finetune(net(), DataLoader(data(), 8), **options).info["seconds"] > 0.8
+
+
+def test_a_checkpoint_is_written_every_minute_and_at_the_end(tmp_path, monkeypatch):
+    now, saved, save = 0.0, [], Checkpoint.save
+
+    def forward(model, batch):
+        nonlocal now
+        now += 25
+        return model(batch[0])
+
+    def noted(checkpoint, trained, optimizer, progress):
+        saved.append(progress.position.step)
+        save(checkpoint, trained, optimizer, progress)
+
+    clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("talos_fast.train.time", clock)
+    monkeypatch.setattr(Checkpoint, "save", noted)
+    options = {"method": "nonlinear", "steps": 8, "checkpoint_dir": tmp_path, "progress": False}
+    finetune(net(), DataLoader(data(), 8), forward=forward, **options)
+    assert saved == [3, 6, 8]
+
+
+def test_batches_are_told_the_number_of_the_epoch():
+    class Told(list):
+        epochs = ()
+
+        def set_epoch(self, epoch):
+            self.epochs = (*self.epochs, epoch)
+
+    batches = Told(DataLoader(data(), 8))
+    finetune(net(), batches, method="nonlinear", epochs=3, progress=False)
+    assert batches.epochs == (0, 1, 2)
+
+
+def test_a_first_run_that_is_done_is_not_repeated(tmp_path):
+    whole, part, resumed, calls = net(), net(), net(), []
+    options = {"method": "lota", "steps": 4, "lr": 1e-2, "progress": False}
+
+    def counted(model, batch):
+        calls.append(batch)
+        return model(batch[0])
+
+    finetune(whole, DataLoader(data(), 8), **options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(part, DataLoader(data(), 8), forward=interrupting(6), checkpoint_dir=tmp_path, **options)
+    finetune(resumed, DataLoader(data(), 8), forward=counted, checkpoint_dir=tmp_path, **options)
+    assert len(calls) == 2, "of the second run's four steps, of which two were taken"
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_float64_goes_on_bit_for_bit(tmp_path):
+    x, y = data().tensors
+    batches = [(x[n : n + 8].double(), y[n : n + 8]) for n in range(0, 48, 8)]
+    whole, part, resumed = (net().double() for _ in range(3))
+    options = {"method": "nonlinear", "lr": 1e-2, "progress": False}
+    finetune(whole, batches, **options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(part, batches, forward=interrupting(3), checkpoint_dir=tmp_path, **options)
+    finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -38,6 +38,16 @@ def test_grad_scaler_skips_overflows(place, options, amsgrad):
     assert_same_on_selected(masked, dense, place)
 
 
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_what_has_no_mask_skips_overflows(place, fused):
+    p = torch.nn.Parameter(torch.ones(4, device=device_of(place)))
+    p.grad = torch.ones_like(p)
+    optimizer = MaskedAdam([p], fused=fused)
+    optimizer.found_inf = torch.tensor(1.0, device=device_of(place))
+    optimizer.step()
+    assert (p == 1).all()
+
+
 def test_scales_are_multiplied_and_clipping_is_consumed(place):
     """A step on gradients divided by GradScaler's scale and by that of clipping; the next divides by neither."""
     scaled, plain = parameters(place=place), parameters(place=place)

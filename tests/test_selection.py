@@ -1,5 +1,7 @@
 """Selections: what each encoding costs, that none loses an entry, and the operator on each against its reference."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -185,20 +187,25 @@ def test_gradients_that_do_not_fit_are_refused(text, step):
         run(step, arguments)
 
 
-def spoil(arguments, position):
+def spoil(arguments, position, value):
     index = arguments[7].clone()
-    index[position] = -1 if index.dtype is torch.int16 else 255
+    index[position] = value
     return [*arguments[:7], index]
 
 
 SPOILED = {
     "param and grad must be contiguous": lambda a: [a[0], torch.randn(6000)[::2], *a[2:]],
+    "and grad must be contiguous": lambda a: [a[0].repeat_interleave(2)[::2], *a[1:]],
+    "exp_avg must be contiguous with": lambda a: [*a[:2], a[2].repeat_interleave(2)[::2], *a[3:]],
+    "max_exp_avg_sq must be contiguous with": lambda a: [*a[:4], a[4][1:], *a[5:]],
+    "max_exp_avg_sq must be float64": lambda a: [*a[:4], a[4].double(), *a[5:]],
     "exp_avg_sq must be contiguous with": lambda a: [*a[:3], a[3][1:], *a[4:]],
     "exp_avg must be float64 for float64 parameters, else float32": lambda a: [*a[:2], a[2].double(), *a[3:]],
     "must be a contiguous int64 table of four columns": lambda a: [*a[:6], a[6][:, :3].contiguous(), a[7]],
+    "index must be contiguous": lambda a: [*a[:7], a[7].repeat_interleave(2)[::2]],
     "index must be uint8": lambda a: [*a[:7], a[7].float()],
     "row 0 of work leaves the parameter": lambda a: [*a[:6], a[6] + 4096, a[7]],
-    "row 2 of work leaves the parameter, its state or its index": lambda a: spoil(a, -1),
+    "row 2 of work leaves the parameter, its state or its index": lambda a: spoil(a, -1, 255),
 }
 
 
@@ -211,10 +218,46 @@ def test_the_operator_refuses_stray_memory(text):
 
 
 @pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
-def test_the_operator_refuses_stray_offsets():
+def test_the_operator_refuses_a_master_of_another_length():
+    arguments = problem(random_mask(3000, 0.4), torch.bfloat16)
+    arguments[5] = arguments[5][1:]
+    with pytest.raises(RuntimeError, match="master must be contiguous with"):
+        run(OPERATOR, arguments)
+
+
+@pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
+@pytest.mark.parametrize("position, offset", [(5, -1), (-1, 3000)])
+def test_the_operator_refuses_stray_offsets(position, offset):
     arguments = problem(random_mask(3000, 0.02), torch.float32)
     with pytest.raises(RuntimeError, match="row 0 of work leaves the parameter"):
-        run(OPERATOR, spoil(arguments, 5))
+        run(OPERATOR, spoil(arguments, position, offset))
+
+
+EDITS = {  # one number of the table of work: its row, its column, what it becomes
+    "fewer than no entries": lambda a: (0, 3, -1),
+    "more entries than a block has": lambda a: (0, 3, BLOCK + 1),
+    "entries beyond the last": lambda a: (-1, 2, a[2].numel() - int(a[6][-1, 3]) + 1),
+    "entries before the first": lambda a: (0, 2, -1),
+    "elements beyond the last": lambda a: (-1, 0, a[0].numel()),
+    "elements before the first": lambda a: (0, 0, -BLOCK),
+    "index beyond the last": lambda a: (-1, 1, a[7].numel() - 1),
+    "index before the first": lambda a: (0, 1, -128),
+}
+WAYS_OUT = [*product(EDITS, ("runs", "bits", "offsets"))]
+WAYS_OUT.remove(("index beyond the last", "runs"))  # which have none
+
+
+@pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")
+@pytest.mark.parametrize("edit, mask", WAYS_OUT)
+def test_the_operator_refuses_each_way_out_of_its_tensors(edit, mask):
+    arguments = problem(MASKS[mask], torch.float32)
+    row, column, value = EDITS[edit](arguments)
+    arguments[6] = arguments[6].clone()
+    arguments[6][row, column] = value
+    if arguments[7] is not None:  # what lies around it names no stray entry
+        arguments[7] = torch.nn.functional.pad(arguments[7], (BLOCK, BLOCK))[BLOCK:-BLOCK]
+    with pytest.raises(RuntimeError, match="of work leaves the parameter, its state or its index"):
+        run(OPERATOR, arguments)
 
 
 @pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the checks are those of the C++ library")

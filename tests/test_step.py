@@ -1,5 +1,6 @@
 """A step that the host reads later: bad batches are named, and change no parameter, whatever the lag."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -101,6 +102,34 @@ def test_an_optimizer_that_cannot_skip_is_read_at_once():
     with pytest.raises(TalosError, match="batch 0: the logits"):
         step.backward(batch(0), "batch 0")
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_the_nearest_labels_out_of_range_are_skipped_too(label):
+    net, step = make(None, 4, True)
+    before = [p.detach().clone() for p in net.parameters()]
+    x, labels = batch(0)
+    labels[0] = label
+    step.backward((x, labels), "batch 0")
+    step.clip("batch 0")
+    step.update(0.1)
+    assert all(map(torch.equal, net.parameters(), before))
+    with pytest.raises(TalosError, match="batch 0: labels"):
+        step.watch.settle()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_optimizer_keeps_no_flag_of_a_step(fails):
+    def refuse(*_):
+        raise ZeroDivisionError
+
+    _, step = make(None, 0, True)
+    optimizer = step._setup.optimizer
+    if fails:
+        optimizer.register_step_pre_hook(refuse)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        take(step, range(1))
+    assert not hasattr(optimizer, "found_inf")
 
 
 def test_notes_are_read_in_order_and_the_first_bad_one_speaks():

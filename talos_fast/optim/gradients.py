@@ -71,9 +71,9 @@ class MaskedGradients(AdamW):
 
         The backward pass then never holds two dense gradients: ``p.grad`` is a `CompactGradient`. Accumulation, either
         clipping, GradScaler and `zero_grad` work as before; a GradScaler sees infinities in selected entries only.
-        Parameters without a mask keep dense gradients. Call it again after `add_param_group`, after the model was moved
-        to another device, and on an optimizer that was copied or unpickled: hooks belong to the parameters they were
-        put on. Not under DistributedDataParallel, which moves whole gradients.
+        Parameters without a mask keep dense gradients. Call it again after the model was moved to another device, and
+        on an optimizer that was copied or unpickled: hooks belong to the parameters they were put on. Not under
+        DistributedDataParallel, which moves whole gradients.
 
         Args:
             norm: "all" also keeps the norm of each whole gradient, for ``clip_grad_norm_(entries="all")``.
