@@ -22,6 +22,21 @@ def state(model):
     return flags, [getattr(config, "use_cache", None) for config in configs]
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_caches_are_off_inside(kind, tmp_path):
+    """A layer that checkpoints would warn of them in each pass, which torch.compile cannot trace."""
+    model, _ = case(kind, tmp_path)
+    checkpointed(model, kind)
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    configs = [layer.config for layer in layers if hasattr(layer, "config")]
+    assert configs
+    for config in configs:
+        config.use_cache = True
+    with lean_checkpointing(model):
+        assert not any(config.use_cache for config in configs)
+    assert all(config.use_cache for config in configs)
+
+
 def runs_in(model, steps) -> list[int]:
     """How often each layer ran while ``steps()`` was."""
     counts = [0, 0]

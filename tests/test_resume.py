@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from talos_fast import TalosError, calibrate, finetune
-from talos_fast.checkpoint import Checkpoint
+from talos_fast.checkpoint import Checkpoint, remove
 
 
 def net() -> nn.Module:
@@ -225,3 +225,13 @@ def test_float64_goes_on_bit_for_bit(tmp_path):
     finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
+    for place in (tmp_path, tmp_path / "first"):
+        place.mkdir(exist_ok=True)
+        for name in ("checkpoint.safetensors", ".checkpoint.safetensors.half.safetensors"):
+            (place / name).touch()
+    (tmp_path / "notes.txt").touch()
+    remove(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
