@@ -3,9 +3,9 @@
 #
 #   benchmarks/gpu.sh [build] [tests] [compiled] [sanitizer] [step] [kernels] [calibration] [table]    no name: all
 #
-# Each part has its own time limit (step, calibration and table: each of their models) and its own log; one that fails does not
-# stop the others, and the summary at the end says which did. Where talos_fast is not installed with its libraries, build
-# comes first by itself. Paths are from the root of the repository.
+# Each part has its own time limit (step, calibration and table: each of their models) and its own log; one that fails
+# does not stop the others, and the summary at the end says which did. Where talos_fast is not installed with its
+# libraries, build comes first by itself. Paths are from the root of the repository.
 #
 #   PYTHON   the Python with torch (default: python3). build installs talos_fast into it, editable. A system's Python that
 #            refuses (PEP 668) can lend its packages to one that does not:
@@ -155,7 +155,10 @@ if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
   echo "benchmarks/gpu.sh: $python has no torch that sees a CUDA device; set PYTHON to one that has" >&2
   exit 2
 fi
-archive() { tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")" && echo "all of it: $out.tar.gz"; }
+archive() {
+  printf '%s\n' "${summary[@]}" > "$out/summary.txt"
+  tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")" && echo "all of it: $out.tar.gz"
+}
 trap archive EXIT  # also where somebody stops it before its end
 machine 2>&1 | tee "$out/machine.txt"
 if [ -n "${WHEELS:-}" ]; then  # whatever the parts are: another call may have built without them
@@ -167,5 +170,5 @@ for part in "${parts[@]}"; do
   # Without the operators every other part would measure and test something else.
   [ "$part" != build ] || built || break
 done
-printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
+printf '%s\n' "${summary[@]}"
 exit "$failed"

@@ -25,7 +25,7 @@ median of the rounds' ratios: the milliseconds of two rows, divided, do not give
 iteration adds to it, as the paper's is; "above the model" is what it adds. The last columns are counted: GFLOP of the
 matrix products of an iteration (with the gradients of selected rows only, where that is less), bytes kept for the
 backward pass, bytes that the optimizer's step moves, graph breaks of what is compiled."""
-WAITED = "† the GPU waited for the host: the time is what the host needed to ask for it"
+BUSY = "† the host was busy for nearly all of it: it may be the host's time, for which the GPU waited"
 ALONE = "* measured after full fine-tuning, not in turn with it: memory does not hold both"
 
 
@@ -128,7 +128,7 @@ def figures(content: dict[str, Any], row: dict[str, Any]) -> list[str]:
         return [f"not measured: {row['missing']}", *[""] * (len(SHOWN) + len(COUNTED) - 1)]
     found = cells(content, row)
     first, *others = (figure(column, found.get(column)) for column in SHOWN)
-    return [first + " †" * row.get("waited_for_host", False), *others, *counted(content, row)]
+    return [first + " †" * row.get("host_was_busy", False), *others, *counted(content, row)]
 
 
 def text(content: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def _lines(content: dict[str, Any]) -> Iterator[str]:
 def notes(contents: list[dict[str, Any]]) -> list[str]:
     """What the marks mean that stand in the tables."""
     rows = [row for content in contents for row in content["rows"]]
-    marks = (("alone", ALONE), ("waited_for_host", WAITED))
+    marks = (("alone", ALONE), ("host_was_busy", BUSY))
     return [meaning for key, meaning in marks if any(row.get(key) for row in rows)]
 
 

@@ -3,7 +3,7 @@
 All step the same weights and gradients in one process. Each is interleaved with fused AdamW, so that a busy machine
 slows the two alike, and then dropped, so that a model needs the memory of two optimizers and not of all. On a CPU all
 are measured in several sweeps: where the machine's memory is now fast and now slow, one moment says little. On a GPU
-the host is ahead when a step begins, and what it takes is a figure of its own.
+the host gets 20 ms ahead of a step, and what it takes is a figure of its own; torch's for-loop needs more than that.
 """
 
 import math

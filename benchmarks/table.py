@@ -159,7 +159,7 @@ class Table:
             iteration.check()
         self._beside |= {name: timings[f"{BASELINE} {name}"].seconds for name in self._baselines}
         row = {"seconds": timings[key].seconds, "baselines": dict(self._beside), "peak_bytes": peak}
-        row["waited_for_host"] = timings[key].waited_for_host
+        row["host_was_busy"] = timings[key].host_was_busy
         row["alone"] = not self._baselines  # its baselines are those of the rows before it
         if variant == "compiled":
             row["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())

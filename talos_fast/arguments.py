@@ -1,6 +1,7 @@
 """Numbers that several functions take: their checks, and exact shares."""
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
@@ -8,10 +9,14 @@ from typing import Any
 from talos_fast.errors import TalosError
 
 
-def require_number(name: str, value: Any) -> None:
-    """Refuses what is no real number, True and False among them."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+def number(name: str, value: Any) -> float:
+    """The value as Python's own; refuses what is no real number, as True and False are none.
+
+    Tensors and arrays without dimensions are numbers.
+    """
+    if isinstance(value, bool) or not (isinstance(value, Real | Decimal) or getattr(value, "ndim", None) == 0):
         raise TalosError(f"{name}={value!r}: must be a number, not a {type(value).__name__}")
+    return float(value)
 
 
 def require_integer(name: str, value: Any, least: int) -> None:
@@ -22,7 +27,7 @@ def require_integer(name: str, value: Any, least: int) -> None:
 
 def check_fraction(name: str, value: float) -> None:
     """Refuses what is no fraction in (0, 1]."""
-    require_number(name, value)
+    number(name, value)
     if not 0.0 < value <= 1.0:
         raise TalosError(f"{name}={value}: the fraction of entries to keep must be in (0, 1]")
 
@@ -35,7 +40,7 @@ def resolve_density(density: float | None, sparsity: float | None = None) -> flo
     """
     for name, given in (("density", density), ("sparsity", sparsity)):
         if given is not None:
-            require_number(name, given)
+            number(name, given)
     if density is not None and sparsity is not None:
         raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
     if sparsity is not None:
@@ -63,6 +68,6 @@ def checked_seed(name: str, value: int) -> int:
 
 def check_weight_decay(value: float) -> None:
     """Refuses what moves weights away from zero, or nowhere."""
-    require_number("weight_decay", value)
+    number("weight_decay", value)
     if not 0 <= value < math.inf:
         raise TalosError(f"weight_decay={value}: must be finite, at least 0")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talos_fast.arguments import checked_seed, require_integer, require_number, resolve_density, share
+from talos_fast.arguments import checked_seed, number, require_integer, resolve_density, share
 from talos_fast.batch import Batches
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
@@ -100,7 +100,7 @@ def calibrate(
     """
     start = time.perf_counter()
     fraction = resolve_density(density, sparsity)
-    _check(rounds, damage)
+    damage = _checked(rounds, damage)
     seed = checked_seed("seed", seed)
     include, exclude = patterns(include), patterns(exclude)
     model, ranks = unwrapped(model), Ranks()
@@ -144,13 +144,15 @@ def calibrate(
     return Mask(state.kept, base=base, info=recipe | report)
 
 
-def _check(rounds: int, damage: float) -> None:
+def _checked(rounds: int, damage: float) -> float:
+    """The damage, as Python's own number."""
     require_integer("rounds", rounds, 1)
-    require_number("damage", damage)
+    damage = number("damage", damage)
     if not 0.0 <= damage <= 1.0:
         raise TalosError(
             f"damage={damage}: rejected entries are multiplied by a number from 0 (removed) to 1 (untouched)"
         )
+    return damage
 
 
 class _RoundScores:

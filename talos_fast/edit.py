@@ -19,6 +19,7 @@ from talos_fast.modules import unwrapped
 class _Touched:
     """One tensor of the target: the entries that any direction moves, and what was there."""
 
+    name: str
     tensor: Tensor
     indices: Tensor | None
     original: Tensor
@@ -53,7 +54,7 @@ class Edit:
                 grouped.setdefault(name, []).append((number, delta.to(tensors[name].device)))
         self._count = len(directions)
         self._coefficients: tuple[float, ...] = (0.0,) * len(directions)
-        self._touched = [_touch(tensors[name], moving) for name, moving in grouped.items()]
+        self._touched = [_touch(name, tensors[name], moving) for name, moving in grouped.items()]
 
     def move(self, *coefficients: float) -> None:
         """Sets every touched entry to base + Σ coefficient * delta, computed in double and rounded once.
@@ -69,9 +70,9 @@ class Edit:
             sound = [self._write(touched, coefficients) for touched in self._touched]
             if not all(map(bool, sound)):
                 self.revert()
-                raise TalosError(
-                    f"coefficients {coefficients}: too large, entries of the model would be NaN or infinite"
-                )
+                whole = all(bool(_is_finite(touched.original)) for touched in self._touched)
+                why = f"coefficients {coefficients} are too large" if whole else "the model holds such entries already"
+                raise TalosError(f"entries would be NaN or infinite: {why}; nothing was moved")
             self._coefficients = coefficients
 
     @staticmethod
@@ -79,14 +80,28 @@ class Edit:
         """Whether what was written is finite, as a tensor: no device is waited for between two of them."""
         edited = touched.moved(coefficients)
         scatter_(touched.tensor, touched.indices, edited)
-        return edited.isfinite().all()
+        return _is_finite(edited)
 
-    def in_place(self) -> bool:
-        """Whether every touched entry is what the last `move` wrote."""
-        return all(
-            torch.equal(gather(touched.tensor, touched.indices), touched.moved(self._coefficients))
+    def require_in_place(self, target: Target) -> None:
+        """Refuses a target that does not hold what the last `move` wrote; running statistics may have gone on.
+
+        Raises:
+            TalosError: its tensors were replaced, or touched entries of its parameters changed.
+        """
+        now = named_tensors(target)
+        if any(t.name not in now or now[t.name].data_ptr() != t.tensor.data_ptr() for t in self._touched):
+            raise TalosError("tensors of the model were replaced after the task vector was applied; load it anew")
+        moving = dict(unwrapped(target).named_parameters()) if isinstance(target, nn.Module) else now
+        kept = [
+            (gather(touched.tensor, touched.indices) == touched.moved(self._coefficients)).all()
             for touched in self._touched
-        )
+            if touched.name in moving
+        ]
+        if not all(map(bool, kept)):
+            raise TalosError(
+                "entries of this task vector were changed after it was applied; revert what was applied last first, or "
+                "load the model anew if it was trained since"
+            )
 
     def revert(self) -> None:
         """Restores the very bits that were there."""
@@ -96,10 +111,15 @@ class Edit:
             self._coefficients = (0.0,) * self._count
 
 
-def _touch(tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:
+def _is_finite(entries: Tensor) -> Tensor:
+    """By the extremes, which pass NaN on: thirty times as fast as `isfinite` of each."""
+    return torch.stack(entries.aminmax()).isfinite().all()
+
+
+def _touch(name: str, tensor: Tensor, moving: list[tuple[int, SparseDelta]]) -> _Touched:
     indices = union([delta for _, delta in moving])
     directions = tuple((number, delta.spread(indices)) for number, delta in moving)
-    return _Touched(tensor, indices, gather(tensor, indices), directions)
+    return _Touched(name, tensor, indices, gather(tensor, indices), directions)
 
 
 def fitting(target: Target, deltas: Mapping[str, SparseDelta]) -> dict[str, SparseDelta]:
@@ -127,7 +147,8 @@ def by_first_names(target: Target, deltas: Mapping[str, SparseDelta]) -> dict[st
     first = {name: names[p] for name, p in target.named_parameters(remove_duplicate=False)}
     found: dict[str, SparseDelta] = {}
     for alias, delta in deltas.items():
-        name = first.get(alias, alias)
+        inner = alias.removeprefix("module.").removeprefix("_orig_mod.")  # state dicts of wrapped models
+        name = first.get(alias, first.get(inner, alias))
         if name in found and not torch.equal(found[name].dense(), delta.dense()):
             raise TalosError(
                 f"{name!r} and {alias!r} are names of one parameter of the model, but the task vector moves them apart"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from talos_fast.arguments import checked_seed, require_integer, require_number
+from talos_fast.arguments import checked_seed, number, require_integer
 from talos_fast.batch import Batches
 from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
@@ -107,8 +107,8 @@ def finetune(
             of another run; for the linear methods an operation without a forward-mode derivative.
     """
     chosen = get_method(method, compat)
-    peak = chosen.lr if lr is None else lr
-    recipe = _recipe(batches, epochs, steps, peak, warmup, schedule, clip, accumulate, amp, seed)
+    rate, weight_decay = chosen.lr if lr is None else lr, number("weight_decay", weight_decay)
+    recipe = _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
     options = Options(mask, density, finetuned, rank, lora_alpha)
     chosen.check(options)
     require_plain(model)
@@ -137,7 +137,9 @@ def finetune(
             return setup.export()
 
     with restoring_all_but_parameters(model):
-        setup = chosen.prepare(Request(model, forward or default_forward, peak, weight_decay, options, train_first))
+        setup = chosen.prepare(
+            Request(model, forward or default_forward, recipe.lr, weight_decay, options, train_first)
+        )
         trainer = train(setup, method, folder)
         deltas = setup.export()
     info: dict[str, Any] = {
@@ -166,7 +168,7 @@ def _recipe(
                                ("warmup", warmup, 0)):  # fmt: skip
         if value is not None:
             require_integer(name, value, least)
-    require_number("lr", lr)
+    lr = number("lr", lr)
     if not 0 < lr < math.inf:
         raise TalosError(f"lr={lr}: must be positive and finite")
     if schedule not in ("cosine", "constant"):
@@ -181,4 +183,5 @@ def _recipe(
         if steps == 0:
             raise TalosError(f"{count} batches make no step of accumulate={accumulate}; there is nothing to train on")
     warmup = min(500, steps // 10) if warmup is None else warmup
-    return Recipe(steps, lr, warmup, schedule, clip, accumulate, amp, checked_seed("seed", seed))
+    limit = None if clip is None else float(clip)
+    return Recipe(steps, lr, warmup, schedule, limit, accumulate, amp, checked_seed("seed", seed))

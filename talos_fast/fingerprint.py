@@ -49,9 +49,9 @@ def loaded(target: Target | str | Path) -> Target:
 
 def complex_that_differ(first: Target, second: Target) -> list[str]:
     """Names of complex tensors that are not the same in both."""
-    one, other = (target.state_dict() if isinstance(target, nn.Module) else target for target in (first, second))
-    found = {name: t for name, t in one.items() if isinstance(t, Tensor) and t.is_complex()}
-    return [name for name, t in found.items() if name in other and not torch.equal(t, other[name])]
+    one, other = (unwrapped(t).state_dict() if isinstance(t, nn.Module) else t for t in (first, second))
+    found = {name: t for name, t in one.items() if isinstance(t, Tensor) and t.is_complex() and not t.is_meta}
+    return [name for name, t in found.items() if name in other and identify(t) != identify(other[name])]
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

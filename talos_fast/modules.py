@@ -27,10 +27,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif "_orig_mod" in model._modules:
+        elif _is_compiled(model):
             model = cast(nn.Module, model._modules["_orig_mod"])
         else:
             return model
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made it; importing its class would import the compiler."""
+    return any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
 
 
 def require_plain(model: nn.Module) -> None:
@@ -45,7 +50,7 @@ def require_plain(model: nn.Module) -> None:
     device_of(model)
     for name, module in model.named_modules():
         where = name or type(model).__name__
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        if _is_compiled(module) or module._compiled_call_impl is not None:
             raise TalosError(f"{where}: the module is compiled; pass the plain one, with compile=True")
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise TalosError(

@@ -17,6 +17,10 @@ from talos_fast.mask import Mask
 V = TypeVar("V", bound="SparseVector")
 
 
+def _is_factor(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex())
+
+
 class SparseVector:
     """A vector over the parameters of one base model: sparse from end to end, linear, and knows its base.
 
@@ -70,7 +74,7 @@ class SparseVector:
         return NotImplemented
 
     def __mul__(self, factor: float | Tensor) -> Self:
-        if not isinstance(factor, Real) and not (isinstance(factor, Tensor) and factor.dim() == 0):
+        if not _is_factor(factor):
             return NotImplemented
         factor = float(factor)
         if not math.isfinite(factor):
@@ -80,8 +84,12 @@ class SparseVector:
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> Self:
-        return self * (1.0 / divisor if divisor else math.inf)
+    def __truediv__(self, divisor: float | Tensor) -> Self:
+        if not _is_factor(divisor):
+            return NotImplemented
+        if not float(divisor):
+            raise TalosError("a task vector divided by 0")
+        return self * (1.0 / float(divisor))
 
     def __neg__(self) -> Self:
         return self * -1.0

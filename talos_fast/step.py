@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from talos_fast.arguments import require_number
+from talos_fast.arguments import number
 from talos_fast.batch import Batch, differentiable, to_device
 from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
@@ -32,11 +32,9 @@ def require_amp_and_clip(amp: Amp, clip: float | None) -> None:
     """
     if amp not in get_args(Amp):
         raise TalosError(f"amp={amp!r}: choose 'auto', 'bf16' or 'off'")
-    if clip is not None:
-        require_number("clip", clip)
-    if clip is not None and not clip > 0:
+    if clip is not None and not number("clip", clip) > 0:
         raise TalosError(
-            f"clip={clip}: the largest gradient norm must be positive; None, on the command line 0, is none"
+            f"clip={clip}: the largest gradient norm must be positive; None (a command's 0) is no clipping"
         )
 
 

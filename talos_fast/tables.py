@@ -11,7 +11,7 @@ from talos_fast.study import StudyResult
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
-    """A plain one."""
+    """A plain table."""
     made = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         made.add_row(*row)

@@ -22,6 +22,7 @@ from talos_fast.fingerprint import (
     require_base,
 )
 from talos_fast.interrupt import uninterrupted
+from talos_fast.modules import unwrapped
 from talos_fast.sparse_vector import SparseVector
 
 CARD = """---
@@ -118,42 +119,41 @@ class TaskVector(
         Raises:
             TalosError: another base, unknown names, other shapes, or already applied; nothing is written then.
         """
-        if target in self._modules if isinstance(target, nn.Module) else id(target) in self._state_dicts:
+        inside = unwrapped(target) if isinstance(target, nn.Module) else target
+        if inside in self._modules if isinstance(inside, nn.Module) else id(inside) in self._state_dicts:
             raise TalosError("this task vector is applied to this model already; revert it first")
         if check_base:
             require_base(self.base, target, "the task vector")
         edit = Edit(target, self.deltas)
         with uninterrupted():
             edit.move(scaling_coef)
-            if isinstance(target, nn.Module):
-                self._modules[target] = edit
+            if isinstance(inside, nn.Module):
+                self._modules[inside] = edit
             else:
-                self._state_dicts[id(target)] = target, edit  # held, so that its id stays its own
+                self._state_dicts[id(inside)] = inside, edit  # held, so that its id stays its own
         return target
 
     def revert(self, target: Target) -> Target:
         """Restores the very bits that `apply_to` found in ``target``, and returns it.
 
         Raises:
-            TalosError: this vector is not applied to ``target``, or its entries were changed since; nothing is written.
+            TalosError: this vector is not applied to ``target``, or what it moved was changed since, see
+                `Edit.require_in_place`; nothing is written then.
         """
+        inside = unwrapped(target) if isinstance(target, nn.Module) else target
         with uninterrupted():
-            if isinstance(target, nn.Module):
-                edit = self._modules.get(target)
+            if isinstance(inside, nn.Module):
+                edit = self._modules.get(inside)
             else:
-                _, edit = self._state_dicts.get(id(target), (None, None))
+                _, edit = self._state_dicts.get(id(inside), (None, None))
             if edit is None:
                 raise TalosError("this task vector is not applied to this model; apply_to comes first")
-            if not edit.in_place():
-                raise TalosError(
-                    "entries of this task vector were changed after it was applied; revert what was applied last "
-                    "first, or load the model anew if it was trained since"
-                )
+            edit.require_in_place(inside)
             edit.revert()
-            if isinstance(target, nn.Module):
-                del self._modules[target]
+            if isinstance(inside, nn.Module):
+                del self._modules[inside]
             else:
-                del self._state_dicts[id(target)]
+                del self._state_dicts[id(inside)]
         return target
 
     def save_pretrained(

@@ -1,7 +1,9 @@
 """Arguments that are no numbers: named in one line, wherever they are given."""
 
 import re
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,14 @@ def test_what_is_no_number(call, name, value):
     kind = type(value).__name__
     with pytest.raises(TalosError, match=rf"^{name}=.*: must be a number, not a {kind}$"):
         call(**{name: value})
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), np.array(0.5), np.float32(0.5), Decimal("0.5")], ids=str)
+def test_numbers_of_any_kind(value):
+    assert Mask.from_scores(SCORES, density=value).selected == 4
+    calibrate(density=value, damage=value)
+    if not isinstance(value, Decimal):
+        finetune(lr=value, clip=value, weight_decay=value)
 
 
 @pytest.mark.parametrize("call, name, value, least", [

@@ -19,8 +19,8 @@ def test_off_is_a_word_and_true_is_none():
 
 @pytest.mark.parametrize("said, expected", [
     ("amp: off", "none.safetensors: no such file"), ("quiet: true", "none.safetensors: no such file"),
-    ("quiet: on", "none.safetensors: no such file"), ("lr: true", "lr is no switch, found true"),
-    ("steps: false", "steps is no switch, found false"), ("amp: maybe", "'maybe' is not one of"),
+    ("quiet: on", "none.safetensors: no such file"), ("lr: true", "lr takes a value, found true"),
+    ("steps: false", "steps takes a value, found false; put a word in quotes"), ("amp: maybe", "'maybe' is not one of"),
 ])  # fmt: skip
 def test_switches_and_words(tmp_path, monkeypatch, capfd, said, expected):
     """A run whose options are fine ends where its mask is missing."""

@@ -55,12 +55,12 @@ def test_a_figure_has_its_spread_and_its_ratio_that_of_each_round():
     assert "1500.0 ms ×0.60 [0.60–0.75] (0.44)" in render.markdown([content])
 
 
-def test_a_row_says_where_the_gpu_waited_for_the_host():
+def test_a_row_says_where_the_host_was_busy():
     content = table("cuda")
     assert "†" not in show.text(content) + render.markdown([content])
-    show.row_of(content, "talos", "eager")["waited_for_host"] = True
+    show.row_of(content, "talos", "eager")["host_was_busy"] = True
     for printed in (show.text(content), render.markdown([content])):
-        assert printed.count(" † ") == 1 and show.WAITED in printed
+        assert printed.count(" † ") == 1 and show.BUSY in printed
     assert show.figures(content, show.row_of(content, "talos", "eager"))[0].endswith("†")
 
 

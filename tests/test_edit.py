@@ -10,6 +10,7 @@ from torch import nn
 import talos_fast as talos
 from talos_fast import TalosError, TaskVector
 from talos_fast.edit import Edit
+from talos_fast.modules import unwrapped
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -64,19 +65,50 @@ def test_a_model_that_trained_since_is_not_reverted():
         one.revert(model)
 
 
+def test_running_statistics_may_go_on_before_the_way_back():
+    model, tuned = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(2))
+    tuned[1].running_mean += 1
+    start, one = copy.deepcopy(model.state_dict()), TaskVector(model, tuned)
+    one.apply_to(model, 0.5)
+    model.train()(torch.randn(8, 3))
+    one.revert(model)
+    untouched = ("1.running_var", "1.num_batches_tracked")
+    assert all(torch.equal(start[name], t) for name, t in model.state_dict().items() if name not in untouched)
+
+
+@pytest.mark.parametrize("replaced", ["cast", "assigned"])
+def test_tensors_that_were_replaced_are_not_reverted(replaced):
+    model, one = net(), vector(1)
+    one.apply_to(model)
+    if replaced == "cast":
+        model.double()
+    else:
+        model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    with pytest.raises(TalosError, match="tensors of the model were replaced after"):
+        one.revert(model)
+
+
 @pytest.mark.parametrize("dtype, alpha", [(torch.float32, 1e40), (torch.float16, 1e6), (torch.bfloat16, -1e39)])
 def test_a_coefficient_that_overflows_leaves_the_base(dtype, alpha):
     base, tuned = net().to(dtype), net(1).to(dtype)
     one = TaskVector(base, tuned)
     for edit in (lambda: talos.merge(base, [one], alpha=alpha, inplace=True), lambda: one.apply_to(base, alpha)):
-        with pytest.raises(TalosError, match="too large, entries of the model would be NaN or infinite"):
+        with pytest.raises(TalosError, match="NaN or infinite: coefficients .* are too large; nothing was moved"):
             edit()
         assert same(base, net().to(dtype))
     edit = Edit(base, one.deltas)
     edit.move(0.5)
     with pytest.raises(TalosError, match="too large"):
         edit.move(alpha)
-    assert edit.in_place() and same(base, net().to(dtype))
+    edit.require_in_place(base)
+    assert same(base, net().to(dtype))
+
+
+def test_a_model_that_is_broken_already_is_not_the_coefficient_s_fault():
+    model = net()
+    model[0].weight.data.fill_(torch.nan)
+    with pytest.raises(TalosError, match="the model holds such entries already"):
+        vector(1).apply_to(model, check_base=False)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "in parallel"])
@@ -88,7 +120,29 @@ def test_wrappers_are_looked_through(wrap):
     one.apply_to(wrapped)
     assert same(wrapped, merged)
     assert same(one.revert(wrapped), net())
+    one.revert(unwrapped(one.apply_to(wrapped)))  # either names the one model
+    assert same(wrapped, net())
     assert same(talos.merge(wrap(net()), [one]), merged)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "in parallel"])
+def test_state_dicts_of_wrappers_are_of_the_model_inside(wrap):
+    one = TaskVector(wrap(net()).state_dict(), wrap(vector(1).apply_to(net())).state_dict())
+    assert all(name.startswith(("module.", "_orig_mod.")) for name in one)
+    for model in (net(), wrap(net())):
+        assert same(one.apply_to(model, check_base=False), vector(1).apply_to(net()))
+
+
+def test_a_child_by_the_name_that_compilation_gives_is_no_wrapper():
+    def odd() -> nn.Module:
+        model = nn.Module()
+        model._orig_mod, model.extra = nn.Linear(2, 2), nn.Linear(2, 2)
+        return model
+
+    base = odd()
+    tuned = copy.deepcopy(base)
+    tuned.extra.weight.data += 1
+    assert list(TaskVector(base, tuned)) == ["extra.weight"]
 
 
 @pytest.mark.parametrize("factor", [0.5, np.float32(0.5), np.int64(2), torch.tensor(0.5)], ids=str)
@@ -100,11 +154,19 @@ def test_factors_are_numbers_of_any_kind(factor):
 
 
 def test_what_is_no_factor_is_refused():
-    with pytest.raises(TalosError, match="must be a finite number"):
-        vector(1) / 0
-    for factor in ("2", torch.ones(2)):
+    for zero in (0, torch.tensor(0.0)):
+        with pytest.raises(TalosError, match="divided by 0"):
+            vector(1) / zero
+    for factor in ("2", torch.ones(2), torch.tensor(1j), 1j):
         with pytest.raises(TypeError):
             vector(1) * factor
+        with pytest.raises(TypeError):
+            vector(1) / factor
+
+
+def test_a_divisor_s_precision_is_not_the_quotient_s():
+    one = TaskVector(*({"w": torch.full((1,), x, dtype=torch.float64)} for x in (0.0, 1.0)))
+    assert (one / torch.tensor(3.0)).to_dense()["w"] == 1 / 3
 
 
 def state(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -121,8 +183,9 @@ def test_tensors_that_no_vector_can_hold(base, tuned, said):
         TaskVector(base, tuned)
 
 
-def test_complex_tensors_that_stay_are_no_concern():
-    still = {"frequencies": torch.tensor([1 + 1j])}
+@pytest.mark.parametrize("frequency", [1 + 1j, complex("nan")], ids=str)
+def test_complex_tensors_that_stay_are_no_concern(frequency):
+    still = {"frequencies": torch.tensor([frequency])}
     assert list(TaskVector(still | state(torch.zeros(1)), still | state(torch.ones(1)))) == ["w"]
 
 

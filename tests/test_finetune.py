@@ -271,7 +271,7 @@ def test_accumulation_is_a_larger_batch(net):
     ({"warmup": -1}, "warmup=-1: must be an integer, at least 0"),
     ({"lr": 0.0}, "lr=0.0"),
     ({"lr": float("inf")}, "lr=inf: must be positive and finite"),
-    ({"weight_decay": -1}, "weight_decay=-1: must be finite, at least 0"),
+    ({"weight_decay": -1}, "weight_decay=-1.0: must be finite, at least 0"),
     ({"weight_decay": float("nan")}, "weight_decay=nan"),
     ({"clip": 0.0}, "clip=0.0"),
     ({"schedule": "linear"}, "schedule='linear'"),

@@ -61,13 +61,17 @@ def test_files_of_different_sizes(tmp_path):
             preprocess([tmp_path / name])
 
 
+@pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright(tmp_path, orientation):
+def test_pictures_are_upright(tmp_path, orientation, grey):
     """What a camera says of how it was held; the oracle is what Pillow's own rotations make of it."""
     upright = picture(8, 12)[0]
+    if grey:
+        upright = upright[..., :1].repeat(3, axis=-1)
     turns = {3: "ROTATE_180", 6: "ROTATE_90", 8: "ROTATE_270", 2: "FLIP_LEFT_RIGHT", 4: "FLIP_TOP_BOTTOM",
              5: "TRANSPOSE", 7: "TRANSVERSE"}  # fmt: skip
-    stored, exif = Image.fromarray(upright), Image.Exif()
+    deep = upright[..., 0].astype(np.uint16) << 8  # of 16 bits
+    stored, exif = Image.fromarray(deep if grey else upright), Image.Exif()
     if orientation in turns:
         stored = stored.transpose(Image.Transpose[turns[orientation]])
     exif[0x0112] = orientation

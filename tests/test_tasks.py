@@ -214,10 +214,15 @@ def test_spaces_around_a_label_make_no_class(tmp_path, caplog):
     path.write_text("\n".join(json.dumps({"split": split, "text": "x", "label": label}) for split, label in rows))
     task = tasks.load(path)
     assert task.class_names == ("a", "b", "c", "d") and task.train.labels.tolist() == [0, 0, 2]
-    assert "train has no example of b, d; nothing will learn them" in caplog.text
+    assert "train has no example of b, d; no method can learn them" in caplog.text
     caplog.clear()
     tasks.load(write_rows(tmp_path / "whole.jsonl", ["a", "b"] * 20))
     assert not caplog.text
+
+
+def test_spaces_in_names_that_are_given_stay(tmp_path):
+    path = write_rows(tmp_path / "r.jsonl", [" yes", " no"] * 20)
+    assert tasks.load(path, class_names=[" yes", " no"]).class_names == (" yes", " no")
 
 
 def test_foreign_folders(tmp_path):

@@ -54,8 +54,9 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     for name, value in given.items():
         option = options[name]
         many = option.multiple or option.nargs == -1
-        if isinstance(value, bool) and not getattr(option, "is_flag", False):
-            raise TalosError(f"{path}: {name} is no switch, found {str(value).lower()}")
+        truths = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, bool)]
+        if truths and not getattr(option, "is_flag", False):
+            raise TalosError(f"{path}: {name} takes a value, found {str(truths[0]).lower()}; put a word in quotes")
         if many and not isinstance(value, list | None):
             given[name] = [value]  # or the letters of a word would be taken for its items
         elif isinstance(value, dict) or (isinstance(value, list) and not many):

@@ -1,5 +1,6 @@
 """Pictures to the tensors that a vision model was trained on."""
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,11 @@ from torch.nn import functional
 
 from talos_fast.errors import TalosError, needs
 from talos_fast.tasks.base import Inputs
+
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held, 1 to 8."""
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+           7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,15 +105,18 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
         TalosError: no such file, or not a whole picture.
     """
     with needs("clip"):
-        from PIL import Image, ImageOps
+        from PIL import Image
 
     try:
         with Image.open(path) as image:
+            turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
             sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # which have no more bits
             if sixteen or image.mode.startswith("I;16"):  # Pillow would cut grey levels off at 255
-                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-            if image.mode in ("I", "F"):
+                picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            elif image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode}: grey levels of 32 bits have no known white; save 8 or 16 bits")
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            else:
+                picture = image.convert("RGB")
+            return np.array(picture if turn is None else picture.transpose(Image.Transpose[turn]))
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise TalosError(f"{path}: not a whole picture ({error}); replace or remove the file") from error

@@ -54,7 +54,7 @@ def load(
         return timm.load(rest, pretrained, where, dtype)
     if pretrained is not None:
         raise TalosError(f"pretrained: {name} carries its own weights, found {pretrained!r}; leave it out")
-    if kind in ("t5", "hf") and rest.startswith(("/", ".")) and not Path(rest).is_dir():
+    if kind in ("t5", "hf") and rest.startswith(("/", ".", "~")) and not Path(rest).is_dir():
         raise TalosError(f"{name}: no such folder; give one with config.json, or a name on the Hub")
     if kind == "t5":
         return t5.load(rest, where, dtype)

@@ -29,7 +29,7 @@ class Timings:
 
     Args:
         seconds: phase -> one number a round.
-        host: until the host had asked a GPU for all of "forward_backward"; empty on a CPU, which is the host.
+        host: seconds until the host had asked a GPU for all of "forward_backward"; empty on a CPU, which is the host.
     """
 
     seconds: Mapping[str, list[float]]
@@ -49,8 +49,11 @@ class Timings:
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
     @property
-    def waited_for_host(self) -> bool:
-        """Whether a GPU was done with "forward_backward" about when the host was: a faster one would not help."""
+    def host_was_busy(self) -> bool:
+        """Whether the host was busy with "forward_backward" for nearly all of its time on a GPU.
+
+        Then the GPU waited for it; or it for the GPU, whose queue was full, or in a forward that reads values.
+        """
         return bool(self.host) and statistics.median(self.host) > 0.9 * self.median("forward_backward")
 
 
@@ -106,7 +109,7 @@ def _on_host(iteration: FinetuneIteration) -> list[float]:
 
 
 def _on_cuda(iteration: FinetuneIteration, device: torch.device) -> tuple[list[float], float]:
-    """The phases by the device's clock, and the first one by the host's, which does not wait for the device in it."""
+    """The phases by the device's clock, and the first one by the host's."""
     torch.cuda.synchronize(device)
     events: list[Any] = []
     stamps = []

@@ -64,9 +64,9 @@ class Profile:
                 ratios = [f"{self.ratio(name, column):.3f}" for column in COLUMNS]
                 lines.append(_line(f"/ {BASELINE}", *ratios, _over(row.peak_bytes, self.rows[BASELINE].peak_bytes)))
         lines += [
-            f"{name}: the GPU waited for the host, which is what fwd-bwd measures here"
+            f"{name}: the host was busy for nearly all of fwd-bwd, which may be what was measured"
             for name, row in self.rows.items()
-            if row.timings.waited_for_host
+            if row.timings.host_was_busy
         ]
         return "\n".join([*lines, "", *(_counted(name, row) for name, row in self.rows.items())])
 

@@ -132,7 +132,7 @@ def _histogram(scores: Mapping[str, Tensor], digit: int, prefix: int) -> Tensor:
 def _what_is_invalid(scores: Mapping[str, Tensor]) -> str:
     names = [name for name, score in scores.items() if not all(bool((chunk >= 0).all()) for chunk in _chunks(score))]
     whose = f"of {names[0]!r}" if names else "on another rank"
-    return f"the scores {whose} hold NaN or negative entries; sums of squares have none, unless gradients overflow"
+    return f"the scores {whose} hold NaN or negative entries; they must be sums of squares; did gradients overflow?"
 
 
 def _sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:

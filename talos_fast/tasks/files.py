@@ -164,15 +164,21 @@ def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, Sp
         if line.strip():
             word, text, label = _parse_row(line, f"{path}, line {number}")
             texts[word].append(text)
-            labels[word].append(label)
+            labels[word].append(label.strip() if names is None and isinstance(label, str) else label)
     words = named_splits(texts, path).items()
     if not texts:
         raise TalosError(f'{path}: found no rows; write one {{"split": ..., "text": ..., "label": ...}} a line')
     values = {label for split in labels.values() for label in split}
-    if unlearned := sorted(map(str, values.difference(*(labels[word] for split, word in words if split == "train")))):
-        logger.warning("%s: train has no example of %s; nothing will learn them", path, ", ".join(unlearned[:5]))
     if len({type(value) for value in values}) > 1:
         raise TalosError(f"{path}: found labels of both kinds, names and indices; use one")
+    train = next((set(labels[word]) for split, word in words if split == "train"), values)
+    if unlearned := sorted(map(str, values - train)):
+        logger.warning(
+            "%s: train has no example of %s; no method can learn %s",
+            path,
+            ", ".join(unlearned[:5]) + ", …" * (len(unlearned) > 5),
+            "it" if len(unlearned) == 1 else "them",
+        )
     if all(isinstance(value, str) for value in values):
         names = names or tuple(sorted(map(str, values)))
         foreign = sorted(map(str, values - set(names)))
@@ -217,4 +223,4 @@ def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:
         raise TalosError(
             f"{where}: found text {text!r:.30} and label {label!r:.40}; give a string, and an index or a name in quotes"
         )
-    return word, text, label.strip() if isinstance(label, str) else label
+    return word, text, label
