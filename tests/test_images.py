@@ -1,9 +1,11 @@
 """Preprocessing against Pillow and torchvision, from arrays and from files."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from talos_fast.errors import TalosError
 from talos_fast.models import ImagePreprocess
@@ -77,6 +79,18 @@ def test_pictures_are_upright(tmp_path, orientation, grey):
     exif[0x0112] = orientation
     stored.save(tmp_path / "held.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "held.png"), upright)
+
+
+def test_an_odd_tag_beside_the_orientation_ends_nothing(tmp_path):
+    """Pillow's own way to turn a picture writes all tags anew, and a width that is a text cannot be."""
+    width = struct.pack("<HHI4s", 0x0100, 2, 4, b"odd")
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    tags = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + width + turned + struct.pack("<I", 0)
+    upright = picture(8, 12)[0]
+    Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "odd.png", exif=tags)
+    with Image.open(tmp_path / "odd.png") as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert np.array_equal(read_image(tmp_path / "odd.png"), upright)
 
 
 def test_settings_are_checked():
