@@ -38,15 +38,13 @@ def resolve_density(density: float | None, sparsity: float | None = None) -> flo
     Raises:
         TalosError: both are given, one is no number, or the density is outside (0, 1].
     """
-    for name, given in (("density", density), ("sparsity", sparsity)):
-        if given is not None:
-            number(name, given)
     if density is not None and sparsity is not None:
         raise TalosError(f"density={density} and sparsity={sparsity}: give one of them (sparsity = 1 - density)")
+    value = 0.1 if density is None else number("density", density)
     if sparsity is not None:
-        exact = Fraction(repr(float(sparsity))) if math.isfinite(sparsity) else sparsity
-        density = float(1 - exact)  # 0.1 of 0.9, not 0.09999999999999998
-    value = 0.1 if density is None else float(density)
+        rest = number("sparsity", sparsity)
+        # 0.1 of 0.9, not 0.09999999999999998
+        value = float(1 - Fraction(repr(rest))) if math.isfinite(rest) else 1 - rest
     if not 0.0 < value <= 1.0:
         if sparsity is not None:
             raise TalosError(f"sparsity={sparsity}: the fraction of entries that stays must be in [0, 1)")

@@ -72,7 +72,7 @@ class Edit:
                 self.revert()
                 whole = all(bool(_is_finite(touched.original)) for touched in self._touched)
                 why = f"coefficients {coefficients} are too large" if whole else "the model holds such entries already"
-                raise TalosError(f"entries would be NaN or infinite: {why}; nothing was moved")
+                raise TalosError(f"entries would be NaN or infinite: {why}; the base is left as it was")
             self._coefficients = coefficients
 
     @staticmethod

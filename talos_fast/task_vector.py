@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from huggingface_hub import ModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from talos_fast import vector_file
+from talos_fast.applied import Applied
 from talos_fast.delta import SparseDelta
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
@@ -22,7 +22,6 @@ from talos_fast.fingerprint import (
     require_base,
 )
 from talos_fast.interrupt import uninterrupted
-from talos_fast.modules import unwrapped
 from talos_fast.sparse_vector import SparseVector
 
 CARD = """---
@@ -89,15 +88,13 @@ class TaskVector(
 
     def _set(self, deltas: Mapping[str, SparseDelta], base: Fingerprint, info: Mapping[str, Any] | None) -> None:
         super()._set(deltas, base, info)
-        # What it is applied to. A module may go meanwhile; a dict cannot be referred to weakly, and is held.
-        self._modules: WeakKeyDictionary[nn.Module, Edit] = WeakKeyDictionary()
-        self._state_dicts: dict[int, tuple[Target, Edit]] = {}
+        self._applied = Applied()
         self._replace_from: dict[str, Tensor] | None = None  # while `save_pretrained` writes trained entries
         self._hub_mixin_config = None  # everything is in our own files; no config.json of constructor arguments
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; they are applied to nothing."""
-        return {key: value for key, value in vars(self).items() if key not in ("_modules", "_state_dicts")}
+        return {key: value for key, value in vars(self).items() if key != "_applied"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._set(state.pop("deltas"), state.pop("base"), state.pop("info"))
@@ -119,18 +116,14 @@ class TaskVector(
         Raises:
             TalosError: another base, unknown names, other shapes, or already applied; nothing is written then.
         """
-        inside = unwrapped(target) if isinstance(target, nn.Module) else target
-        if inside in self._modules if isinstance(inside, nn.Module) else id(inside) in self._state_dicts:
+        if self._applied.get(target) is not None:
             raise TalosError("this task vector is applied to this model already; revert it first")
         if check_base:
             require_base(self.base, target, "the task vector")
         edit = Edit(target, self.deltas)
         with uninterrupted():
             edit.move(scaling_coef)
-            if isinstance(inside, nn.Module):
-                self._modules[inside] = edit
-            else:
-                self._state_dicts[id(inside)] = inside, edit  # held, so that its id stays its own
+            self._applied.add(target, edit)
         return target
 
     def revert(self, target: Target) -> Target:
@@ -140,20 +133,13 @@ class TaskVector(
             TalosError: this vector is not applied to ``target``, or what it moved was changed since, see
                 `Edit.require_in_place`; nothing is written then.
         """
-        inside = unwrapped(target) if isinstance(target, nn.Module) else target
         with uninterrupted():
-            if isinstance(inside, nn.Module):
-                edit = self._modules.get(inside)
-            else:
-                _, edit = self._state_dicts.get(id(inside), (None, None))
+            edit = self._applied.get(target)
             if edit is None:
                 raise TalosError("this task vector is not applied to this model; apply_to comes first")
-            edit.require_in_place(inside)
+            edit.require_in_place(target)
             edit.revert()
-            if isinstance(inside, nn.Module):
-                del self._modules[inside]
-            else:
-                del self._state_dicts[id(inside)]
+            self._applied.remove(target)
         return target
 
     def save_pretrained(
