@@ -29,14 +29,18 @@ else
 fi
 "$scratch/venv/bin/talos-fast" --help > /dev/null
 
-# The same wheel on the oldest torch that pyproject.toml names, with the tests of what differs between the two; and the
-# sources must compile with its headers. The venv's own setuptools is older than what pyproject.toml asks for.
-oldest() { (cd "$root" && "$scratch/venv/bin/python" -P "$@"); }  # -P: what is installed, not the checkout
-oldest -m pip uninstall --quiet --yes setuptools
-oldest -m pip install --quiet --disable-pip-version-check --no-deps torch==2.11.0 triton==3.6.0 torchvision==0.26.0
+# The same wheel with the oldest version of everything that pyproject.toml names, and the tests of what differs between
+# versions; and the sources must compile with that torch's headers.
+"$python" -m venv "$scratch/old"
+oldest() { (cd "$root" && "$scratch/old/bin/python" -P "$@"); }  # -P: what is installed, not the checkout
+install() { "$python" -m uv --quiet pip install --python "$scratch/old/bin/python" "$@"; }
+"$python" "$root/.ci/oldest.py" > oldest.txt
+install -r oldest.txt "setuptools>=77" wheel ninja pytest pytest-timeout hypothesis expecttest
+install --no-deps "$wheel"
 oldest -m pytest -q -p no:cacheprovider tests/test_{abi,adamw_contract,ops,masked_adam,compact_operator}.py
 oldest -m pytest -q -p no:cacheprovider tests/test_{methods_checkpointed,whole_step}.py -k "clip and (gradients or compile and True)"
 oldest -m pytest -q -p no:cacheprovider tests/test_finetune.py -k "test_compiled and l-lora"
+oldest -m pytest -q -p no:cacheprovider tests/test_{cli,demo_assets,models_load,presets}.py
 rm -rf "$root/build"
 oldest -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$scratch/oldest" .
 compiled() { "$python" -m zipfile -l "$1" | grep -o 'talos_fast/_C[^ ]*'; }  # a library that fails is left out

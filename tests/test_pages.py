@@ -41,7 +41,7 @@ def test_memory_and_compiling():
         for variant in ("eager", "compiled"):
             cells = show.cells(contents["ViT-B-32"], show.row_of(contents["ViT-B-32"], method, variant))
             taken[method, variant] = show.measured("total", cells["total"]).removesuffix(" ms")
-    for method, words in (("nonlinear", "took {} ms instead of {},"), ("talos", "`talos` {} instead of {} ")):
+    for method, words in (("nonlinear", "took {} ms instead of {},"), ("talos", "`talos` {} instead of {}.")):
         assert words.format(taken[method, "compiled"], taken[method, "eager"]) in section("What it costs")
 
 

@@ -196,7 +196,7 @@ def _mat(path: Path) -> dict[str, Any]:
         from scipy.io.matlab import MatReadError
     try:
         content: dict[str, Any] = loadmat(str(path), squeeze_me=True)
-    except (MatReadError, OSError, ValueError, TypeError, NotImplementedError) as error:
+    except (MatReadError, OSError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise TalosError(f"{path}: not a whole MATLAB file ({error}); fetch it again") from error
     return content
 
