@@ -88,10 +88,11 @@ def _locate(entry, at, count, BLOCK: tl.constexpr):
         words = (tl.load(entry + INDEX) + at).to(tl.pointer_type(tl.uint32))
         ranks = (tl.load(entry + RANKS) + at // 2).to(tl.pointer_type(tl.int16))
         bit = (lane % 32).to(tl.uint32)
-        word = tl.load(words + lane // 32)
+        # Not `&` with the mask below: a comparison of scalars makes it integers in the interpreter of Triton 3.9.
+        word = tl.where(count > 0, tl.load(words + lane // 32), 0)
         below = word & ((bit * 0 + 1 << bit) - 1)
         rank = tl.load(ranks + lane // 32).to(tl.int32) + _count_bits(below)
-        live = ((word >> bit) & 1 != 0) & (count > 0)
+        live = (word >> bit) & 1 != 0
     elif encoding == OFFSETS:
         offsets = tl.load(entry + INDEX).to(tl.pointer_type(tl.uint16))
         element = tl.load(offsets + at + lane, live, other=0).to(tl.int32)
