@@ -172,6 +172,33 @@ def test_groups_that_come_and_go(place):
     torch.testing.assert_close(params[1], plain[1], **CLOSE_ON[place])
 
 
+def test_parameters_that_change_groups_step_in_the_new_one(place):
+    """And one that is put in another's place begins anew, on the same memory too."""
+    ours, theirs = (parameters(place=place) for _ in range(2))
+    pairs = []
+    for kind, params in ((MaskedAdam, ours), (AdamW, theirs)):
+        optimizer = kind([{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.01}])
+        first, second = (group["params"] for group in optimizer.param_groups)
+        run(optimizer, params, range(1))
+        second.insert(0, first.pop())
+        run(optimizer, params, range(1, 3))
+        first[0] = params[0] = torch.nn.Parameter(params[0].data)
+        run(optimizer, params, range(3, 5))
+        pairs.append(params)
+    for p, q in zip(*pairs, strict=True):
+        torch.testing.assert_close(p, q, **CLOSE_ON[place])
+
+
+def test_amsgrad_that_is_turned_on_in_between_fails_as_in_torch(place):
+    for kind in (MaskedAdam, AdamW):
+        params = parameters(place=place)
+        optimizer = kind(params)
+        run(optimizer, params, range(1))
+        optimizer.param_groups[0]["amsgrad"] = True
+        with pytest.raises(KeyError, match="max_exp_avg_sq"):
+            run(optimizer, params, range(1))
+
+
 def test_repr_counts_the_selected_entries():
     optimizer = MaskedAdam(parameters(), masks=masks())
     numel = sum(torch.Size(shape).numel() for shape in SHAPES)

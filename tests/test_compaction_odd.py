@@ -134,6 +134,43 @@ def test_a_grad_scaler_unscales_compact_and_dense_gradients_of_two_dtypes(device
     assert net.bias.grad.tolist() == [1.0] * 4 and set(net.weight.grad.values.tolist()) == {1.0}
 
 
+def halves() -> tuple[nn.Linear, torch.Tensor]:
+    """A layer, and a mask of its first two rows of four."""
+    return linear()[0], torch.arange(4)[:, None].expand(4, 4) < 2
+
+
+def test_the_norm_of_all_entries_is_of_the_rows_that_are_computed():
+    net, mask = halves()
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    optimizer.compact_gradients(norm="all")
+    with optimizer.selected_rows():
+        backward(net)
+    assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(8**0.5)
+
+
+def test_rows_of_a_bf16_weight_are_added_up_in_fp32():
+    net, mask = halves()
+    net.to(torch.bfloat16)
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    optimizer.compact_gradients()
+    with optimizer.selected_rows():
+        for size in (256.0, 1.0):
+            net(torch.full((1, 4), size, dtype=torch.bfloat16)).sum().backward()
+    assert net.weight.grad.values.dtype is torch.float32 and net.weight.grad.values.tolist() == [257.0] * 8
+
+
+def test_a_whole_norm_does_not_outlive_entries_that_rows_add():
+    net, mask = halves()
+    optimizer = MaskedAdam([net.weight], masks=[mask])
+    optimizer.compact_gradients(norm="all")
+    backward(net)
+    optimizer.compact_gradients()
+    with optimizer.selected_rows():
+        backward(net)
+    with pytest.raises(TalosError, match="sum of 2 backward passes"):
+        optimizer.clip_grad_norm_(1.0)
+
+
 def test_no_pass_a_step_is_refused():
     with pytest.raises(TalosError, match="accumulate=0: a step takes at least one"):
         MaskedAdam([nn.Parameter(torch.ones(2))]).compact_gradients(accumulate=0)

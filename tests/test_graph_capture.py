@@ -57,6 +57,19 @@ def test_capture_needs_every_gradient(on_host, capturing):
         optimizer.step()
 
 
+def test_a_parameter_that_joins_is_captured_after_its_first_step(on_host, capturing):
+    params = parameters(place=on_host)
+    optimizer = MaskedAdam(params, masks=masks())
+    give_gradients(params, 0)
+    late, params[4].grad = params[4].grad, None
+    optimizer.step()
+    params[4].grad = late
+    optimizer.step()
+    capturing(True)
+    if on_host == "cpu":  # as above
+        optimizer.step()
+
+
 def refill(params, step: int) -> None:
     """New gradients in the old memory."""
     torch.manual_seed(100 + step)
@@ -98,19 +111,50 @@ def test_a_replayed_step_is_the_eager_one(dtype, amsgrad):
 
 
 @pytest.mark.gpu
-def test_a_graph_keeps_the_tables_it_reads():
-    """Launches that are dropped after a capture stay alive: the graph still reads their tables."""
+@pytest.mark.parametrize("how", ["dropped", "built anew"])
+def test_a_graph_keeps_the_tables_it_reads(how):
+    """Launches that end after a capture stay alive: the graph still reads their tables."""
     params = parameters(place="cuda")
+    params[4].requires_grad_(False)
     optimizer = MaskedAdam(params, masks=masks(), capturable=True)
     give_gradients(params, 0)
+    late, params[4].grad = params[4].grad, None
     graph = captured(optimizer.step)
     kept = [weakref.ref(one) for one in launches(optimizer)]
-    optimizer._launches.clear()
+    if how == "dropped":
+        optimizer._launches.clear()
+    else:
+        params[4].grad = late
+        optimizer.step()
     gc.collect()
     filler = [torch.full((64, 64), -1, dtype=torch.int64, device="cuda") for _ in range(64)]
     graph.replay()
     assert len(kept) == 1 and kept[0]() is not None and len(filler) == 64
-    assert float(optimizer.state[params[0]]["step"]) == 2.0
+    assert float(optimizer.state[params[0]]["step"]) == (2.0 if how == "dropped" else 3.0)
+
+
+@pytest.mark.gpu
+def test_an_eager_step_after_a_replay_reads_its_own_gradients():
+    """On the addresses of the eager step before, which were not sent again."""
+    params, plain = parameters(place="cuda"), parameters(place="cuda")
+    optimizer, reference = (MaskedAdam(p, masks=masks(), capturable=True) for p in (params, plain))
+    gradients = [[torch.randn(p.shape).to(p.device) for p in params] for _ in range(2)]
+
+    def give(to, step: int) -> None:
+        for p, gradient in zip(to, gradients[step], strict=True):
+            p.grad = gradient
+
+    give(params, 0)
+    optimizer.step()
+    give(params, 1)
+    graph = captured(optimizer.step, warmup=0)
+    graph.replay()
+    give(params, 0)
+    optimizer.step()
+    for step in (0, 1, 0):
+        give(plain, step)
+        reference.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
 
 
 @pytest.mark.gpu
@@ -155,6 +199,22 @@ def test_two_streams():
         torch.cuda.synchronize()
     for params, others in zip(streamed, serial, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_group_of_two_devices_steps_on_both():
+    here, there = parameters(place="cuda"), parameters()
+    optimizer, reference = MaskedAdam([*here, *there], masks=masks() * 2), parameters()
+    for step in range(2):
+        give_gradients(here, step)
+        give_gradients(there, step)
+        optimizer.step()
+    (one,) = launches(optimizer)
+    assert all(member.parameter.is_cuda for member in one.members)
+    run(MaskedAdam(reference, masks=masks()), reference, range(2))
+    for p, q, r in zip(here, there, reference, strict=True):
+        torch.testing.assert_close(on_cpu(p), on_cpu(r), rtol=1e-5, atol=1e-6)
+        assert torch.equal(q, r)
 
 
 @pytest.mark.gpu

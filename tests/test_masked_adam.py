@@ -6,6 +6,7 @@ divide once less. On a GPU both sides also contract multiplications and addition
 """
 
 import copy
+import math
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from adam_cases import (
     CLOSE_ON,
     assert_stepped_by,
     assert_unselected_equal,
+    device_of,
     give_gradients,
     launches,
     masks,
@@ -112,6 +114,18 @@ def test_dense_parameters_step_as_under_fused_adamw(place, dtype):
     assert_stepped_by(optimizers[0], place)
 
 
+def test_a_large_weight_without_a_mask_steps_as_it_lies(place):
+    """In channels_last, and of more elements than 16 bits count."""
+    value = torch.randn(8, 16, 24, 24).to(device_of(place), memory_format=torch.channels_last)
+    ours, theirs = ([torch.nn.Parameter(v.clone()) for v in (value, value[0, 0])] for _ in range(2))
+    optimizers = MaskedAdam(ours), AdamW(theirs)
+    for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
+        run(optimizer, params, range(2))
+    assert_stepped_by(optimizers[0], place)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, **CLOSE_ON[place])
+
+
 @pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.error_regex)
 def test_errors_are_those_of_adamw(case):
     def outcome(optimizer):
@@ -176,6 +190,59 @@ def test_steps_that_the_host_does_not_wait_for(place):
                 torch.cuda.synchronize()
         assert_stepped_by(optimizer, place)
     assert all(torch.equal(p, q) for p, q in zip(ahead, waited, strict=True))
+
+
+def test_a_small_gradient_after_a_huge_one_is_not_lost(place):
+    """As torch.lerp, the mean is counted from the nearer end: from the other, 1e10 + (1 - 1e10) is 0."""
+    p, q = (torch.nn.Parameter(torch.ones(4, device=device_of(place))) for _ in range(2))
+    optimizers = MaskedAdam([p], betas=(0.0, 0.999), masks=[torch.ones(4) > 0]), AdamW([q], betas=(0.0, 0.999))
+    for size in (1e10, 1.0):
+        p.grad, q.grad = torch.full_like(p, size), torch.full_like(q, size)
+        for optimizer in optimizers:
+            optimizer.step()
+    first, second = (o.state[w]["exp_avg"] for o, w in zip(optimizers, (p, q), strict=True))
+    assert torch.equal(first, second) and first.tolist() == [1.0] * 4
+
+
+def test_nan_stays_in_the_largest_second_moment(place):
+    p, q = (torch.nn.Parameter(torch.ones(3, device=device_of(place))) for _ in range(2))
+    optimizers = MaskedAdam([p], amsgrad=True, masks=[torch.ones(3) > 0]), AdamW([q], amsgrad=True)
+    for gradient in ([1.0, 1.0, 1.0], [1.0, math.nan, math.inf], [1.0, 1.0, 1.0]):
+        p.grad, q.grad = torch.tensor(gradient, device=p.device), torch.tensor(gradient, device=p.device)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(p, q, equal_nan=True)
+    for key, value in optimizers[1].state[q].items():
+        torch.testing.assert_close(optimizers[0].state[p][key], value, equal_nan=True, check_device=False)
+
+
+def test_addresses_travel_only_where_gradients_moved(place):
+    params = parameters(place=place)
+    optimizer = MaskedAdam(params, masks=masks())
+    copies = []
+    for moved in (True, True, False, True):
+        if moved:
+            before = [p.grad for p in params]  # held, so that the new ones lie elsewhere
+            give_gradients(params, 0)
+        optimizer.step()
+        copies.append([one._gradients._version for one in launches(optimizer)])
+    del before
+    assert copies[1] == copies[2] and (place == "cpu" or copies[0] < copies[1] < copies[3])
+
+
+def test_hundreds_of_tensors_step_together(place):
+    """More than one program of the first kernel takes."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(1, device=device_of(place))) for _ in range(300)] for _ in range(2))
+    optimizers = MaskedAdam(ours, masks=[torch.ones(1) > 0] * 300), AdamW(theirs)
+    for step in range(2):
+        for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
+            for n, p in enumerate(params):
+                p.grad = torch.full_like(p, n + step) if (n + step) % 3 else None
+            optimizer.step()
+    torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), **CLOSE_ON[place])
+    steps = [[float(state["step"]) for state in map(o.state.get, o.param_groups[0]["params"])] for o in optimizers]
+    assert steps[0] == steps[1]
+    assert_stepped_by(optimizers[0], place)
 
 
 def test_loaded_weights_win_over_the_master_copy(place):

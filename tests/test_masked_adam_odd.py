@@ -168,6 +168,22 @@ def test_a_scalar_without_a_mask_is_clipped_in_its_own_dtype(fused, dtype, place
     torch.testing.assert_close(s, t)
 
 
+def test_parameters_of_two_precisions_are_clipped_by_one_norm(place):
+    pairs = [
+        [nn.Parameter(torch.ones(4, dtype=dtype, device=device_of(place))) for dtype in (torch.float32, torch.float64)]
+        for _ in range(2)
+    ]
+    ours = MaskedAdam(pairs[0], eps=1.0, masks={pairs[0][0]: torch.ones(4) > 0})
+    for p in (*pairs[0], *pairs[1]):
+        p.grad = torch.full_like(p, 3.0)
+    norm = ours.clip_grad_norm_(1.0)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(pairs[1], 1.0))
+    ours.step()
+    AdamW(pairs[1], eps=1.0).step()
+    torch.testing.assert_close(pairs[0][0], pairs[1][0], **CLOSE_ON[place])
+    torch.testing.assert_close(pairs[0][1], pairs[1][1], rtol=1e-12, atol=0)
+
+
 def test_half_precision_state_goes_on_in_full_precision(place):
     def mixed() -> nn.Sequential:
         net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(device_of(place))
@@ -217,6 +233,8 @@ def test_passes_are_counted_from_the_last_step_or_reset(accumulate, set_to_none)
             assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(whole)
             optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
+        if not given_up:  # zeros are dense only where a sum is still to be made
+            assert isinstance(net.weight.grad, CompactGradient) == (accumulate == 1 and not set_to_none)
 
 
 def test_a_bias_that_broadcasts_has_its_whole_gradient():
@@ -298,9 +316,63 @@ def test_a_graph_of_what_did_not_step_can_be_differentiated(place):
     loss.backward()
 
 
+def test_counters_of_another_dtype_are_counted_on(place):
+    """As AdamW makes them under another default dtype."""
+    p = nn.Parameter(torch.ones(4, device=device_of(place)))
+    optimizer = MaskedAdam([p], masks=[torch.ones(4) > 0])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["step"] = optimizer.state[p]["step"].double()
+    optimizer.step()
+    assert float(optimizer.state[p]["step"]) == 2.0
+    torch.testing.assert_close(p, torch.full_like(p, (1 - 1e-5) * ((1 - 1e-5) - 1e-3) - 1e-3))
+
+
+def test_a_weight_without_a_mask_is_laid_out_anew_under_its_moments(place):
+    p, q = (nn.Parameter(drawn(4, 4, 3, 3).to(device_of(place))) for _ in range(2))
+    optimizers = MaskedAdam([p], lr=0.1), AdamW([q], lr=0.1)
+    for number in range(3):
+        if number == 1:
+            p.data = p.data.to(memory_format=torch.channels_last)
+        p.grad, q.grad = (drawn(4, 4, 3, 3, seed=number).to(p.device) for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(p, q, **CLOSE_ON[place])
+
+
+def test_moments_of_two_dtypes_are_refused_as_in_torch(place):
+    if place == "cuda":
+        pytest.skip("torch may find it out on the device only")
+    for kind in (MaskedAdam, AdamW):
+        p = nn.Parameter(torch.ones(4, device=device_of(place)))
+        optimizer = kind([p])
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].bfloat16()
+        with pytest.raises(RuntimeError, match="dtype"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_that_gets_a_mask_goes_on_in_full_precision(dtype, place):
+    p = nn.Parameter(torch.ones(4, dtype=dtype, device=device_of(place)))
+    optimizer = MaskedAdam([p], lr=1e-4)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    start = float(p.detach()[0])
+    optimizer.set_masks([torch.arange(4) < 2])
+    for _ in range(30):
+        optimizer.step()
+    state = optimizer.state[p]
+    assert all(state[key].dtype is torch.float32 for key in ("exp_avg", "exp_avg_sq", "master"))
+    torch.testing.assert_close(state["master"], torch.full_like(state["master"], start - 30e-4), rtol=1e-4, atol=0)
+
+
 def test_what_is_not_to_be_fused_is_not_launched(place):
     p = nn.Parameter(torch.ones(4, device=device_of(place)))
     optimizer = MaskedAdam([p], fused=False)
     p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert not launches(optimizer)
+    for fused in (False, None, False):
+        optimizer.param_groups[0]["fused"] = fused
+        optimizer.step()
+        assert bool(launches(optimizer)) == (fused is None and place != "cpu")

@@ -1,9 +1,13 @@
 """Selected rows against plain autograd in float64: any module class, eager and compiled; and the work that is saved."""
 
+import os
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tiny_models import WORDS, write_bert, write_t5
 from torch import nn
@@ -266,6 +270,97 @@ def test_which_rows(rows, expected):
     whole = found.gradient(part, 40, torch.float64, compact=False)
     assert whole.dtype is torch.float64 and torch.equal(whole[mask], weight[mask].double())
     assert not whole[: found.start].any() and not whole[found.stop :].any()
+
+
+def halves():
+    """A layer, a mask of two of its six rows, and inputs."""
+    layer, mask = nn.Linear(4, 6), torch.zeros(6, 4, dtype=torch.bool)
+    mask[2:4] = True
+    return layer, mask, torch.randn(3, 4)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_hook_on_a_weight_is_shown_its_whole_gradient(compact):
+    layer, mask, x = halves()
+    (whole,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    optimizer = MaskedAdam([layer.weight], masks=[mask])
+    if compact:
+        optimizer.compact_gradients()
+    seen = []
+    layer.weight.register_hook(seen.append)
+    with optimizer.selected_rows():
+        layer(x).square().sum().backward()
+    assert len(seen) == 1 and torch.equal(seen[0], whole)
+
+
+def test_transforms_of_functions_are_left_alone():
+    layer, mask, x = halves()
+    optimizer = MaskedAdam([layer.weight], masks=[mask])
+    with optimizer.selected_rows():
+        found = torch.vmap(layer)(x[:, None])[:, 0]
+    torch.testing.assert_close(found, layer(x))
+
+
+def under_distributed_data_parallel(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+    layer, mask, x = halves()
+    optimizer = MaskedAdam([layer.weight], masks=[mask & ~mask])
+    wrapped = nn.parallel.DistributedDataParallel(layer)
+    with optimizer.selected_rows():
+        for _ in range(2):
+            wrapped(x).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.zeros(6, 4)) and (layer.bias.grad == 6).all()
+    dist.destroy_process_group()
+    os._exit(0)  # threads of gloo's that drop a tensor while Python ends abort it
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file")
+def test_distributed_data_parallel_gets_zeros_for_a_weight_without_entries(tmp_path):
+    """It waits for the gradient of whatever requires one."""
+    mp.spawn(under_distributed_data_parallel, (str(tmp_path),))
+
+
+def test_autocast_leaves_float64_alone():
+    layer, mask, x = halves()
+    layer, x = layer.double(), x.double()
+    optimizer = MaskedAdam([layer.weight], masks=[mask])
+    with optimizer.selected_rows(), torch.autocast("cpu", torch.bfloat16):
+        inside = layer(x)
+    assert torch.equal(inside, layer(x)) and inside.dtype is torch.float64
+
+
+def test_the_weight_is_kept_for_inputs_that_need_a_gradient_only():
+    layer, mask, x = halves()
+    optimizer = MaskedAdam([layer.weight], masks=[mask])
+    kept = []
+    for needed in (False, True):
+        shapes = []
+        with (
+            optimizer.selected_rows(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, shapes=shapes: shapes.append(t.shape) or t, lambda t: t),
+        ):
+            layer(x.requires_grad_(needed))
+        kept.append(layer.weight.shape in shapes)
+    assert kept == [False, True]
+
+
+def test_a_frozen_bias_with_a_mask_gets_no_gradient():
+    layer, mask, x = halves()
+    optimizer = MaskedAdam(layer.parameters(), masks=[mask, mask[:, 0]])
+    optimizer.compact_gradients()
+    layer.bias.requires_grad_(False)
+    with optimizer.selected_rows():
+        layer(x).sum().backward()
+    assert layer.bias.grad is None and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (4, 0)], ids=str)
+def test_what_has_no_rows_may_have_a_mask(shape):
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = MaskedAdam([p], masks=[torch.ones(shape) > 0])
+    with optimizer.selected_rows():
+        (p * 2).sum().backward()
+    assert torch.equal(p.grad, torch.full(shape, 2.0))
 
 
 def test_outputs_may_be_written_to():
