@@ -1,13 +1,13 @@
-"""Prints the oldest version of every package that pyproject.toml names, for pip: what its bounds promise to work."""
+"""Prints the oldest version of every package that talos-fast and its users' extras need, for pip."""
 
 import tomllib
 from pathlib import Path
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-EXTRAS = ("clip", "t5", "plots", "data", "demo")
+DEVELOPERS = ("bench", "test")
 
-extras = PROJECT["optional-dependencies"]
-for requirement in (*PROJECT["dependencies"], *(one for extra in EXTRAS for one in extras[extra])):
+extras = [content for extra, content in PROJECT["optional-dependencies"].items() if extra not in DEVELOPERS]
+for requirement in sum(extras, PROJECT["dependencies"]):
     if not requirement.startswith("talos-fast["):
         name, oldest = requirement.split(">=")  # fails where there is no bound: nobody knows then what works
         print(f"{name}=={oldest}")

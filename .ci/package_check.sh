@@ -29,7 +29,7 @@ else
 fi
 "$scratch/venv/bin/talos-fast" --help > /dev/null
 
-# The same wheel with the oldest version of everything that pyproject.toml names, and the tests of what differs between
+# The same wheel with the oldest version of every package that its users need, and the tests of what differs between
 # versions; and the sources must compile with that torch's headers.
 "$python" -m venv "$scratch/old"
 oldest() { (cd "$root" && "$scratch/old/bin/python" -P "$@"); }  # -P: what is installed, not the checkout
