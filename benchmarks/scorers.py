@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from talos_fast.forward import default_forward
-from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.ranks import Ranks
 from talos_fast.sensitivity.scorer import Scorer
 
 Step = Callable[[], Any]

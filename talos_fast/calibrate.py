@@ -18,11 +18,11 @@ from talos_fast.interrupt import interruptible
 from talos_fast.mask import Mask
 from talos_fast.modules import device_of, unwrapped
 from talos_fast.random_state import repeatable
+from talos_fast.ranks import Ranks
 from talos_fast.restoring import restoring_parameters
 from talos_fast.rounds import Flags, RoundFile, Survivors, data_digest
 from talos_fast.sensitivity.engine import progress_bar
 from talos_fast.sensitivity.estimators import Estimator
-from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Ledger, Scorer
 from talos_fast.sensitivity.selection import maskable_parameters, patterns
 from talos_fast.sensitivity.threshold import select_extreme

@@ -1,8 +1,9 @@
 """A run that can be taken up again, one safetensors file: trained parameters, optimizer, position and random state."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from talos_fast import storage
+from talos_fast.ranks import Ranks
+
+logger = logging.getLogger("talos_fast")
 
 FILE = "checkpoint.safetensors"
 FIRST = "first"
@@ -37,7 +41,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint holds beside parameters and moments.
+    """What a checkpoint holds beside parameters and moments, of each rank.
 
     Args:
         position: where the run stands.
@@ -73,38 +77,46 @@ class Saved:
 
 
 class Checkpoint:
-    """One run's checkpoint file.
+    """One run's checkpoint file, on one rank or on several that share a file system.
 
     Args:
         folder: made when the first checkpoint is written.
         identity: what must be equal for a run to go on (JSON): the base, the mask, the recipe.
         resume: whether an existing checkpoint is taken up; if not, it is overwritten.
+        ranks: that train together, and all call `save`.
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], resume: bool, ranks: Ranks) -> None:
         self.path = Path(folder) / FILE
-        self._identity = dict(identity)
+        self._identity = {**identity, "ranks": ranks.world}
         self._resume = resume
+        self._ranks = ranks
 
     def save(self, trained: Mapping[str, Tensor], optimizer: Optimizer, progress: Progress) -> None:
-        """Writes the run's state, atomically.
+        """Writes the run's state, atomically, on the first rank; nothing before the first step.
 
         Raises:
             TalosError: the folder cannot be written; the old checkpoint is untouched.
         """
+        all_progress = self._ranks.gathered(replace(progress, loss=progress.loss.cpu()))
+        if len({one.position.step for one in all_progress}) > 1:
+            logger.warning("no checkpoint: the ranks have not come equally far, since a step failed on one of them")
+        elif progress.position.step:
+            first = self._ranks.rank == 0
+            self._ranks.together(lambda: self._write(trained, optimizer, all_progress) if first else None)
+
+    def _write(self, trained: Mapping[str, Tensor], optimizer: Optimizer, all_progress: list[Progress]) -> None:
         tensors = {f"parameter.{name}": p.detach().cpu() for name, p in trained.items()}
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{key}": value.detach().cpu() for key, value in state.items()}
-        tensors |= {f"epoch_random.{key}": value for key, value in progress.epoch_random.items()}
-        tensors |= {f"step_random.{key}": value for key, value in progress.step_random.items()}
-        content = {
-            "identity": self._identity, "position": asdict(progress.position), "data": progress.data,
-            "loss": float(progress.loss), "seconds": progress.seconds,
-        }  # fmt: skip
+        for rank, one in enumerate(all_progress):
+            tensors |= {f"epoch_random{rank}.{key}": value for key, value in one.epoch_random.items()}
+            tensors |= {f"step_random{rank}.{key}": value for key, value in one.step_random.items()}
+        content = {"identity": self._identity, "ranks": [_facts(one) for one in all_progress]}
         storage.write(self.path, "checkpoint", tensors, content)
 
     def read(self) -> Saved | None:
-        """What `save` wrote; None if there is nothing to take up.
+        """What `save` wrote of this rank; None if there is nothing to take up.
 
         Raises:
             TalosError: the file is damaged, or of a run with another base, mask or recipe; says what differs.
@@ -121,8 +133,16 @@ class Checkpoint:
         for name, tensor in parts.get("optimizer", {}).items():
             number, key = name.split(".", 1)
             moments.setdefault(int(number), {})[key] = tensor
+        rank = self._ranks.rank
+        facts = content["ranks"][rank]
         progress = Progress(
-            Position(**content["position"]), parts["epoch_random"], parts["step_random"],
-            content["data"], torch.tensor(content["loss"]), content["seconds"],
+            Position(**facts["position"]), parts[f"epoch_random{rank}"], parts[f"step_random{rank}"],
+            facts["data"], torch.tensor(facts["loss"]), facts["seconds"],
         )  # fmt: skip
         return Saved(progress, parts["parameter"], moments)
+
+
+def _facts(progress: Progress) -> dict[str, Any]:
+    """What of it is JSON."""
+    position, loss = asdict(progress.position), float(progress.loss)
+    return {"position": position, "data": progress.data, "loss": loss, "seconds": progress.seconds}

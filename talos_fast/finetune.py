@@ -20,6 +20,7 @@ from talos_fast.mask import Mask
 from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
 from talos_fast.modules import require_plain
+from talos_fast.ranks import Ranks
 from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
 from talos_fast.step import Amp, Loss, require_amp_and_clip
 from talos_fast.task_vector import TaskVector
@@ -58,7 +59,9 @@ def finetune(
 ) -> TaskVector:
     """Trains ``model`` in place and returns finetuned - pretrained.
 
-    In one process: where torch.distributed is initialized each rank trains on its own.
+    Where torch.distributed is initialized every rank brings its own batches, equally many, as
+    `torch.utils.data.DistributedSampler` deals them; a step follows the mean of the ranks' gradients, of which masked
+    methods exchange the selected entries only, and all ranks get the same vector.
     Ctrl-C, or SIGTERM, stops after the running step; with ``checkpoint_dir`` the same call on the pre-trained model
     goes on from there and gives the very result of a run that was not interrupted.
 
@@ -94,7 +97,7 @@ def finetune(
             own are refused, by the first of the epoch. It goes on exactly if random augmentation draws from torch's
             generators, and in no persistent worker.
         resume: take up a checkpoint that is there.
-        seed: of everything random.
+        seed: of everything random; each rank adds its number.
         progress: a bar on a terminal.
 
     Returns:
@@ -104,11 +107,19 @@ def finetune(
     Raises:
         TalosError: bad arguments; a module that is compiled or wrapped for several devices; a mask of another model; no
             batch; NaN or infinite logits, loss or gradients (the batch is named and its step not taken); a checkpoint
-            of another run; for the linear methods an operation without a forward-mode derivative.
+            of another run; for the linear methods an operation without a forward-mode derivative; ranks that were
+            given different weights, options or numbers of steps, or another rank failed.
     """
     chosen = get_method(method, compat)
     rate, weight_decay = chosen.lr if lr is None else lr, number("weight_decay", weight_decay)
-    recipe = _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
+    ranks = Ranks()
+    recipe = ranks.together(
+        lambda: _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
+    )
+    if not ranks.agree(recipe.steps):
+        raise TalosError(
+            f"{recipe.steps} steps here, another number on another rank; deal out equally many batches, or pass steps="
+        )
     options = Options(mask, density, finetuned, rank, lora_alpha)
     chosen.check(options)
     require_plain(model)
@@ -118,7 +129,9 @@ def finetune(
 
     def train(setup: Setup, name: str, place: Path | None) -> Trainer:
         asked = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base)}
-        checkpoint = None if place is None else Checkpoint(place, asked | _made(setup), resume)
+        identity = asked | _made(setup)
+        ranks.require_same(identity | {"checkpoint_dir": place is not None}, "weights or options")
+        checkpoint = None if place is None else Checkpoint(place, identity, resume, ranks)
         train_mode(model)
         logger.info(
             "%s: %d steps, %s from %g after a warm-up of %d, %d tensors with entries that train",
@@ -126,7 +139,7 @@ def finetune(
         )  # fmt: skip
         if compile:
             setup = compiled(setup)
-        trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, checkpoint)
+        trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, ranks, checkpoint)
         trainer.run(progress)
         earlier.append(trainer.earlier_seconds)
         return trainer
@@ -145,7 +158,7 @@ def finetune(
     info: dict[str, Any] = {
         **vars(recipe), "method": method, "weight_decay": weight_decay, "last_loss": trainer.last_loss,
         "seconds": round(time.perf_counter() - start + sum(earlier), 3), "torch": torch.__version__,
-        "mask": None if setup.mask is None else setup.mask.info, **setup.info,
+        "ranks": ranks.world, "mask": None if setup.mask is None else setup.mask.info, **setup.info,
     }  # fmt: skip
     return TaskVector.from_deltas(deltas, base=base, info=info)
 

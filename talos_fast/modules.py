@@ -54,8 +54,8 @@ def require_plain(model: nn.Module) -> None:
             raise TalosError(f"{where}: the module is compiled; pass the plain one, with compile=True")
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise TalosError(
-                f"{where}: finetune trains one model in one process; pass the .module inside, or train with "
-                "MaskedAdam in a loop of your own"
+                f"{where}: pass the .module inside; finetune itself averages gradients over the ranks of "
+                "torch.distributed"
             )
 
 

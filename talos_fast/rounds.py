@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from talos_fast.batch import Batches
-from talos_fast.errors import TalosError
 from talos_fast.fingerprint import batch_digest
 from talos_fast.mask import Mask
-from talos_fast.sensitivity.ranks import Ranks
+from talos_fast.ranks import Ranks
 from talos_fast.stability import watched_rows
 from talos_fast.storage import require_same_run
 
@@ -121,8 +120,7 @@ class RoundFile:
         """
         there = self.path is not None and self._resume and self.path.exists()
         found = ranks.together(lambda: self._read(parameters) if there else None)
-        if not ranks.agree(found.round if found else 0):
-            raise TalosError(f"{self.path}: not the same file on all ranks; put checkpoint_dir on a shared file system")
+        ranks.require_shared(self.path, found.round if found else 0)
         return found
 
     def _read(self, parameters: Mapping[str, Tensor]) -> Survivors:

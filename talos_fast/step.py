@@ -15,12 +15,14 @@ from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
 from talos_fast.forward import check_facts, logits_facts, logits_of
 from talos_fast.methods import Setup
+from talos_fast.optim.compact_gradient import CompactGradient
+from talos_fast.ranks import Ranks
 from talos_fast.watch import Watch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Amp = Literal["auto", "bf16", "off"]
 
-# Notes that may be unread on CUDA: a step makes two, so the host runs at most two steps ahead.
+# Notes that may be unread on CUDA: a step makes two or three, so the host runs at most two steps ahead.
 LAG = 4
 
 
@@ -119,6 +121,28 @@ class Step:
         with self._casts, self._setup.around():
             loss = self.forward_loss(batch, where)
             (loss / self._accumulate if self._accumulate > 1 else loss).backward()
+
+    def share(self, ranks: Ranks, where: str) -> None:
+        """Averages the gradients over the ranks, of masked parameters the selected entries; a bad batch is bad for all.
+
+        Raises:
+            TalosError: not the same parameters have gradients on all ranks.
+        """
+        if ranks.world == 1:
+            return
+        gradients = {name: p.grad for name, p in self._setup.trained.items() if p.grad is not None}
+        if not ranks.same(sorted(gradients)):
+            raise TalosError(
+                f"{where}: not the same parameters have gradients on all ranks; each must use the same in its forward"
+            )
+        ranks.average(grad.values if isinstance(grad, CompactGradient) else grad for grad in gradients.values())
+        ranks.maximum(self.watch.found_inf)
+
+        def check(found: list[float]) -> None:
+            if found[0]:
+                raise TalosError(f"{where}: the batch of another rank is bad, and the step was not taken")
+
+        self.watch.note(self.watch.found_inf.reshape(1).clone(), self.watch.found_inf, check)
 
     def clip(self, where: str, then: Callable[[], None] | None = None) -> None:
         """Brings the norm of all gradients below the limit; ``then`` is called when the step is known to be good."""

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Literal
 
@@ -19,6 +20,7 @@ from talos_fast.fingerprint import batch_digest
 from talos_fast.interrupt import interruptible, uninterrupted
 from talos_fast.methods import Setup
 from talos_fast.random_state import RandomState, seeded, sources
+from talos_fast.ranks import Ranks
 from talos_fast.step import Amp, Loss, Step
 from talos_fast.storage import require_same_run
 
@@ -75,6 +77,8 @@ def train_mode(model: nn.Module) -> None:
 class Trainer:
     """Runs a `Setup` through a `Recipe`; stops on a step boundary when interrupted, and goes on from a checkpoint.
 
+    On several ranks all take the same steps, by the mean of their gradients, and where one stops, all stop.
+
     Attributes:
         earlier_seconds: that the run took before it was interrupted.
     """
@@ -86,9 +90,11 @@ class Trainer:
         batches: Batches,
         recipe: Recipe,
         loss: Loss,
+        ranks: Ranks,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self._setup, self._batches, self._recipe, self._checkpoint = setup, batches, recipe, checkpoint
+        self._ranks = ranks
         self._step = Step(setup, model, loss, clip=recipe.clip, accumulate=recipe.accumulate, amp=recipe.amp)
         self._reached: deque[Progress] = deque()  # after updates of which it is not yet known whether they were good
         self._good = 0
@@ -111,21 +117,24 @@ class Trainer:
 
         Raises:
             TalosError: no batch; NaN or infinite logits, loss or gradient (the batch is named, its step is not taken);
-                a checkpoint of another run, of which nothing is taken up then.
+                a checkpoint of another run, of which nothing is taken up then; another rank failed.
             KeyboardInterrupt: Ctrl-C, after the step that was running and its checkpoint.
         """
-        with seeded(self._recipe.seed, self._step.device):
+        seed = (self._recipe.seed + self._ranks.rank) % 2**63  # each rank draws its own dropout
+        with seeded(seed, self._step.device):
             self._random = RandomState(self._batches, self._step.device)
             before = self._random.get()
-            self._random.seed_own(self._recipe.seed)
+            self._random.seed_own(seed)
             try:
                 self._run(progress)
             finally:
                 self._random.set(before)
 
     def _run(self, progress: bool) -> None:
-        resumed = self._resume()
-        if self._progress.position.step >= self._recipe.steps:
+        resumed = self._ranks.together(self._resume)
+        step = self._progress.position.step
+        self._ranks.require_shared(self._checkpoint.path if self._checkpoint else None, step)
+        if step >= self._recipe.steps:
             return
         try:
             with interruptible() as interrupted:
@@ -136,26 +145,31 @@ class Trainer:
 
     def _loop(self, resumed: Iterator[Batch] | None, interrupted: Callable[[], bool], progress: bool) -> None:
         done, last_save = self._progress.position.step, time.monotonic()
-        hidden = None if progress else True
+        ranks, stream = self._ranks, self._stream(resumed)
+        hidden = None if progress and ranks.rank == 0 else True
         bar = tqdm(total=self._recipe.steps, initial=done, desc="train", disable=hidden, leave=False)
-        waiting = 0
         with bar:
-            for epoch, index, batch in self._stream(resumed):
-                where = f"epoch {epoch}, batch {index}"
-                self._step.backward(batch, where)
-                waiting += 1
-                if waiting < self._recipe.accumulate:
-                    continue
-                self._update(where, Position(done + 1, epoch, index + 1))
-                waiting, done = 0, done + 1
+            while done < self._recipe.steps:
+                epoch, index = ranks.together(partial(self._backward, stream))
+                where, done = f"epoch {epoch}, batch {index}", done + 1
+                self._step.share(ranks, where)
+                ranks.together(partial(self._update, where, Position(done, epoch, index + 1)))
                 bar.update()
                 if done == self._recipe.steps:
                     return
-                if interrupted():
+                due = 2 if interrupted() else int(time.monotonic() - last_save > SAVE_EVERY_SECONDS)
+                due = ranks.most(due)  # ranks stop, and save, after the same step
+                if due == 2:
                     raise KeyboardInterrupt
-                if time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+                if due:
                     self._save()
                     last_save = time.monotonic()
+
+    def _backward(self, stream: Iterator[tuple[int, int, Batch]]) -> tuple[int, int]:
+        """Adds up the gradients of a step; epoch and index of its last batch."""
+        for epoch, index, batch in islice(stream, self._recipe.accumulate):
+            self._step.backward(batch, f"epoch {epoch}, batch {index}")
+        return epoch, index
 
     def _stream(self, resumed: Iterator[Batch] | None) -> Iterator[tuple[int, int, Batch]]:
         """(epoch, index, batch) from the current position, epoch after epoch."""
@@ -229,5 +243,5 @@ class Trainer:
             self._step.watch.settle()
         finally:
             self._advance()
-            if self._checkpoint and self._progress.position.step:
+            if self._checkpoint:
                 self._checkpoint.save(self._setup.trained, self._setup.optimizer, self._progress)

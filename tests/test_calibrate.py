@@ -2,17 +2,14 @@
 
 import os
 import signal
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import interrupting
 from torch import nn
 from torch.utils.data import DataLoader
+from two_ranks import needs_gloo, on_two_ranks
 
 from talos_fast import Mask, TalosError, calibrate
 from talos_fast.sensitivity import sensitivities
@@ -267,45 +264,34 @@ def test_scores_can_wait_on_another_device():
     assert all(score.device.type == "cpu" for score in found.values())
 
 
-def on_rank(rank: int, world: int, folder: str) -> None:
+def on_rank(rank: int, folder: Path) -> None:
     """One of two processes: its samples are those that a DistributedSampler would deal it."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    try:
-        torch.manual_seed(0)
-        net = nn.parallel.DistributedDataParallel(attention_net().double())
-        mine = [(x[rank::world].double(), y[rank::world]) for x, y in sequences()]
-        mask = calibrate(net, mine, checkpoint_dir=f"{folder}/rounds", progress=False)
-        mask.save(f"{folder}/mask{rank}.safetensors")
-        short = mine[:1] if rank else []
-        calibrate(net, short, rounds=2, progress=False).save(f"{folder}/short{rank}.safetensors")
-        broken = [(x * float("nan") if rank else x, y) for x, y in mine]
-        with pytest.raises(TalosError, match="logits hold NaN" if rank else "another rank failed"):
-            calibrate(net, broken, progress=False)
-        unread = (1 // (1 - rank) and batch for batch in mine)
-        with pytest.raises(ZeroDivisionError if rank else TalosError, match="by zero|another rank failed"):
-            calibrate(net, unread, progress=False)
-        place = f"{folder}/mask0.safetensors" if rank == 0 else f"{folder}/elsewhere"  # no folder on the first rank
-        with pytest.raises(TalosError, match="another rank failed" if rank else "cannot be written"):
-            calibrate(net, mine, checkpoint_dir=place, progress=False)
-        kept = {"checkpoint_dir": None if rank else f"{folder}/only"}
-        for options in ({"density": 0.1 + 0.1 * rank}, {"rounds": 1 + rank}, kept):
-            with pytest.raises(TalosError, match="the ranks were given different weights or options"):
-                calibrate(net, mine, progress=False, **options)
-        Path(f"{folder}/done{rank}").touch()
-        while not all(Path(f"{folder}/done{other}").exists() for other in range(world)):
-            time.sleep(0.01)  # a connection that is closed now would end what the other still reads
-    finally:
-        dist.destroy_process_group()
-    # DistributedDataParallel leaves threads of gloo's behind, and one that drops a tensor while Python ends aborts it.
-    os._exit(0)
+    torch.manual_seed(0)
+    net = nn.parallel.DistributedDataParallel(attention_net().double())
+    mine = [(x[rank::2].double(), y[rank::2]) for x, y in sequences()]
+    mask = calibrate(net, mine, checkpoint_dir=f"{folder}/rounds", progress=False)
+    mask.save(f"{folder}/mask{rank}.safetensors")
+    short = mine[:1] if rank else []
+    calibrate(net, short, rounds=2, progress=False).save(f"{folder}/short{rank}.safetensors")
+    broken = [(x * float("nan") if rank else x, y) for x, y in mine]
+    with pytest.raises(TalosError, match="logits hold NaN" if rank else "another rank failed"):
+        calibrate(net, broken, progress=False)
+    unread = (1 // (1 - rank) and batch for batch in mine)
+    with pytest.raises(ZeroDivisionError if rank else TalosError, match="by zero|another rank failed"):
+        calibrate(net, unread, progress=False)
+    place = f"{folder}/mask0.safetensors" if rank == 0 else f"{folder}/elsewhere"  # no folder on the first rank
+    with pytest.raises(TalosError, match="another rank failed" if rank else "cannot be written"):
+        calibrate(net, mine, checkpoint_dir=place, progress=False)
+    kept = {"checkpoint_dir": None if rank else f"{folder}/only"}
+    for options in ({"density": 0.1 + 0.1 * rank}, {"rounds": 1 + rank}, kept):
+        with pytest.raises(TalosError, match="the ranks were given different weights or options"):
+            calibrate(net, mine, progress=False, **options)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file")
+@needs_gloo
 def test_two_ranks_give_the_mask_of_one(tmp_path):
     """In float64: sums in another order round differently, so in fp32 entries at the threshold may change places."""
-    mp.spawn(on_rank, (2, str(tmp_path)), nprocs=2)
+    on_two_ranks(on_rank, tmp_path)
     torch.manual_seed(0)
     alone = calibrate(attention_net().double(), [(x.double(), y) for x, y in sequences()], progress=False)
     first, second = (Mask.load(tmp_path / f"mask{rank}.safetensors") for rank in (0, 1))

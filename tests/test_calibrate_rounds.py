@@ -7,8 +7,8 @@ import torch
 from test_calibrate import batches, model
 
 from talos_fast import TalosError, calibrate
+from talos_fast.ranks import Ranks
 from talos_fast.rounds import RoundFile, Survivors
-from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Scorer
 from talos_fast.stability import watched_rows
 

@@ -317,7 +317,7 @@ def test_many_compiled_runs_do_not_share_a_limit(net, monkeypatch):
 def test_what_is_wrapped_for_several_devices_is_refused(net, wrap, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        with pytest.raises(TalosError, match=f"{wrap.__name__}: finetune trains one model in one process; pass the"):
+        with pytest.raises(TalosError, match=f"{wrap.__name__}: pass the .module inside"):
             finetune(wrap(net), loader(), method="nonlinear", progress=False)
     finally:
         dist.destroy_process_group()

@@ -1,19 +1,17 @@
 """Selected rows against plain autograd in float64: any module class, eager and compiled; and the work that is saved."""
 
-import os
-import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tiny_models import WORDS, write_bert, write_t5
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from two_ranks import needs_gloo, on_two_ranks
 
 from talos_fast import MaskedAdam
 from talos_fast.optim.compact_gradient import CompactGradient
@@ -301,8 +299,7 @@ def test_transforms_of_functions_are_left_alone():
     torch.testing.assert_close(found, layer(x))
 
 
-def under_distributed_data_parallel(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+def under_distributed_data_parallel(rank: int, folder: Path) -> None:
     layer, mask, x = halves()
     optimizer = MaskedAdam([layer.weight], masks=[mask & ~mask])
     wrapped = nn.parallel.DistributedDataParallel(layer)
@@ -310,14 +307,12 @@ def under_distributed_data_parallel(rank: int, folder: str) -> None:
         for _ in range(2):
             wrapped(x).sum().backward()
     assert torch.equal(layer.weight.grad, torch.zeros(6, 4)) and (layer.bias.grad == 6).all()
-    dist.destroy_process_group()
-    os._exit(0)  # threads of gloo's that drop a tensor while Python ends abort it
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file")
+@needs_gloo
 def test_distributed_data_parallel_gets_zeros_for_a_weight_without_entries(tmp_path):
     """It waits for the gradient of whatever requires one."""
-    mp.spawn(under_distributed_data_parallel, (str(tmp_path),))
+    on_two_ranks(under_distributed_data_parallel, tmp_path)
 
 
 def test_autocast_leaves_float64_alone():

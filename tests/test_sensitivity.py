@@ -12,10 +12,10 @@ from oracles import TOLERANCE, assert_equal, by_vmap, logit, randomized, uncover
 from torch import nn
 
 from talos_fast import TalosError
+from talos_fast.ranks import Ranks
 from talos_fast.sensitivity import maskable_parameters, sensitivities
 from talos_fast.sensitivity.estimators import Draws, probe
 from talos_fast.sensitivity.per_sample import gradients_one_by_one
-from talos_fast.sensitivity.ranks import Ranks
 
 
 def open_clip_tower(width: int = 48) -> nn.Module:

@@ -7,10 +7,10 @@ from torch import nn
 
 from talos_fast import TalosError
 from talos_fast.forward import default_forward
+from talos_fast.ranks import Ranks
 from talos_fast.sensitivity import sensitivities, uses
 from talos_fast.sensitivity.accumulate import accumulate_squared_per_sample_ as accumulate
 from talos_fast.sensitivity.axis import HALF, SCALE, Axis, codes, consistent, row_values
-from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Scorer
 from talos_fast.sensitivity.selection import maskable_parameters
 

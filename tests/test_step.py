@@ -9,6 +9,7 @@ from torch import nn
 
 from talos_fast import MaskedAdam, TalosError
 from talos_fast.methods import Setup
+from talos_fast.ranks import Ranks
 from talos_fast.step import Step
 from talos_fast.watch import Watch
 
@@ -147,3 +148,35 @@ def test_notes_are_read_in_order_and_the_first_bad_one_speaks():
         watch.settle()
     watch.settle()
     assert read == [1.0, -2.0]
+
+
+class OfTwo(Ranks):
+    """One of two ranks, the other of which has a bad batch at its third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world, self.shared = 2, 0
+
+    def maximum(self, tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point():
+            self.shared += 1
+            tensor.fill_(self.shared > 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lag", [0, 6])
+def test_a_bad_batch_of_another_rank_is_none_here_either(lag, masked):
+    good, step = make(None, 0, masked)
+    take(step, range(2))
+    net, step = make(None, lag, masked)
+    ranks, known = OfTwo(), []
+    with pytest.raises(TalosError, match="batch 2: the batch of another rank is bad, and the step was not taken"):
+        for number in range(6):
+            step.backward(batch(number), f"batch {number}")
+            step.share(ranks, f"batch {number}")
+            step.clip(f"batch {number}", lambda: known.append(None))
+            step.update(1e-2)
+            step.release()
+    assert len(known) == 2 and ranks.shared == (5 if lag else 3)
+    for p, q in zip(net.parameters(), good.parameters(), strict=True):
+        assert torch.equal(p, q)

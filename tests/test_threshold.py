@@ -1,11 +1,13 @@
 """Exact selection over a list of tensors, against torch.kthvalue on all of them together."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from two_ranks import needs_gloo, on_two_ranks
 
 from talos_fast import TalosError
 from talos_fast.sensitivity import kth_smallest, select_extreme, threshold
@@ -132,9 +134,8 @@ def sharded(rank: int, ranks: int = 2) -> dict[str, torch.Tensor]:
 WANTED = [("lowest", 1), ("lowest", 200), ("highest", 133), ("lowest", 497), ("lowest", 25), ("highest", 10)]
 
 
-def on_rank(rank: int, folder: str) -> None:
+def on_rank(rank: int, folder: Path) -> None:
     """What one of two processes does; what it finds is written down for the test."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group, scores, errors = dist.group.WORLD, sharded(rank), []
     found = [(kth_smallest(scores, k, group), select_extreme(scores, k, keep, group)) for keep, k in WANTED]
     nothing = {} if rank == 1 else scores
@@ -144,12 +145,12 @@ def on_rank(rank: int, folder: str) -> None:
             kth_smallest(bad, k, group)
         except TalosError as error:
             errors.append(str(error))
-    torch.save((found, errors), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save((found, errors), folder / f"{rank}.pt")
 
 
+@needs_gloo
 def test_two_ranks_select_what_one_would(tmp_path):
-    mp.spawn(on_rank, (str(tmp_path),), nprocs=2)
+    on_two_ranks(on_rank, tmp_path)
     (first, first_errors), (second, second_errors) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     together = sharded(0, ranks=1)
     for (keep, k), (threshold_0, mask_0), (threshold_1, mask_1) in zip(WANTED, first, second, strict=False):

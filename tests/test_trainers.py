@@ -5,15 +5,12 @@ selected entries as AdamW would, and no other.
 """
 
 import copy
-import os
-import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import accelerate
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -21,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from two_ranks import needs_gloo, on_two_ranks
 
 from talos_fast import Mask, MaskedAdam
 
@@ -190,20 +188,16 @@ def net_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def on_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def on_rank(rank: int, folder: Path) -> None:
     for rows in (False, True):
         model, optimizer = masked_net()
         steps(DistributedDataParallel(model), optimizer, [(x[rank::2], y[rank::2]) for x, y in net_batches()], rows)
-        torch.save(model.state_dict(), f"{folder}/{rank}{rows}.pt")
-    dist.barrier()
-    os._exit(0)  # threads of gloo's that drop a tensor while Python ends abort it
+        torch.save(model.state_dict(), folder / f"{rank}{rows}.pt")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file")
+@needs_gloo
 def test_two_ranks_under_distributed_data_parallel_train_as_one(tmp_path):
-    mp.spawn(on_rank, (str(tmp_path),), nprocs=2)
+    on_two_ranks(on_rank, tmp_path)
     model, optimizer = masked_net()
     before = copy.deepcopy(model.state_dict())
     steps(model, optimizer, net_batches(), rows=False)

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from talos_fast.batch import Batch, Batches
 from talos_fast.forward import Forward, default_forward
 from talos_fast.modules import unwrapped
+from talos_fast.ranks import Ranks
 from talos_fast.sensitivity.estimators import Estimator
-from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.scorer import Ledger, Scorer
 from talos_fast.sensitivity.selection import maskable_parameters
 from talos_fast.sensitivity.uses import Precision

@@ -15,13 +15,13 @@ from talos_fast.batch import Batch, Batches, differentiable, labels_of, to_devic
 from talos_fast.errors import TalosError
 from talos_fast.forward import Forward, check_logits, logits_of
 from talos_fast.modules import device_of, usable_device
+from talos_fast.ranks import Ranks
 from talos_fast.sensitivity.calls import Plan
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, check_probed, injected, probe
 from talos_fast.sensitivity.evaluation import scoring_mode
 from talos_fast.sensitivity.examine import SAMPLES, examine
 from talos_fast.sensitivity.per_sample import add_squares_by_func
-from talos_fast.sensitivity.ranks import Ranks
 from talos_fast.sensitivity.uses import Accumulator, Precision, Use, add_squares
 
 logger = logging.getLogger("talos_fast")

@@ -1,0 +1,145 @@
+"""Working over the ranks of torch.distributed: each brings its own batches, all get the same sums and means."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from talos_fast.errors import TalosError
+from talos_fast.writing import dumps
+
+T = TypeVar("T")
+
+MESSAGE_BYTES = 2**25
+"""Small tensors travel together, in messages of up to so much."""
+
+
+class Ranks:
+    """The default process group, or one rank alone where there is none.
+
+    Attributes:
+        rank: of this process.
+        world: number of ranks.
+    """
+
+    def __init__(self) -> None:
+        self._grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if self._grouped else 0
+        self.world = dist.get_world_size() if self._grouped else 1
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Sums every tensor over the ranks, in place; all ranks get the same bits."""
+        for group in _messages(tensors) if self._grouped else ():
+            if len(group) == 1 and group[0].is_contiguous():
+                self._reduce(group[0], dist.ReduceOp.SUM)
+                continue
+            flat = self._reduce(torch.cat([tensor.flatten() for tensor in group]), dist.ReduceOp.SUM)
+            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Averages every tensor over the ranks, in place; all ranks get the same bits."""
+        if self._grouped:
+            self.sum(tensor.div_(self.world) for tensor in tensors)  # divided first: a sum of fp16 would overflow
+
+    def maximum(self, tensor: Tensor) -> None:
+        """Takes the largest over the ranks, entry by entry, in place; the host does not wait for a GPU."""
+        self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def total(self, count: int) -> int:
+        """The sum of a count over the ranks."""
+        return int(self._reduce(torch.tensor(count, device="cpu"), dist.ReduceOp.SUM))
+
+    def most(self, count: int) -> int:
+        """The largest of a count over the ranks."""
+        return int(self._reduce(torch.tensor(count, device="cpu"), dist.ReduceOp.MAX))
+
+    def agree(self, number: int) -> bool:
+        """Whether a number is the same on all ranks."""
+        both = torch.tensor([number, -number], device="cpu")
+        self.maximum(both)
+        return int(both.sum()) == 0
+
+    def same(self, facts: Any) -> bool:
+        """Whether facts (JSON) are the same on all ranks."""
+        return self.agree(int.from_bytes(hashlib.blake2b(dumps(facts).encode(), digest_size=6).digest()))
+
+    def require_same(self, facts: Mapping[str, Any], what: str) -> None:
+        """Refuses facts (JSON) that are not the same on all ranks.
+
+        Raises:
+            TalosError: on every rank.
+        """
+        if not self.same(facts):
+            raise TalosError(f"the ranks were given different {what}; give all the same, and each its own batches")
+
+    def require_shared(self, path: Path | None, number: int) -> None:
+        """Refuses a file of which the ranks have read different numbers.
+
+        Raises:
+            TalosError: on every rank.
+        """
+        if not self.agree(number):
+            raise TalosError(f"{path}: not the same file on all ranks; put checkpoint_dir on a shared file system")
+
+    def gathered(self, mine: T) -> list[T]:
+        """What every rank has, in the order of the ranks; pickled on its way, so without tensors on a GPU."""
+        if not self._grouped:
+            return [mine]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
+
+    def together(self, run: Callable[[], T]) -> T:
+        """Runs on every rank, and gives what it gave here.
+
+        Where it fails or is interrupted on one, the others stop too instead of waiting for it.
+
+        Raises:
+            TalosError: another rank failed.
+            KeyboardInterrupt: another rank was interrupted.
+        """
+        failure: BaseException | None = None
+        try:
+            found = run()
+        except (Exception, KeyboardInterrupt) as error:
+            failure = error
+        mine = 0 if failure is None else 1 if isinstance(failure, KeyboardInterrupt) else 2
+        worst = self.most(mine)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame, and with it what failed
+        if worst == 2:
+            raise TalosError("another rank failed; its own message says why")
+        if worst == 1:
+            raise KeyboardInterrupt
+        return found
+
+    def _reduce(self, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
+        if not self._grouped:
+            return tensor
+        # NCCL reduces on the GPU only.
+        here = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
+        dist.all_reduce(here, operation)
+        return tensor if here is tensor else tensor.copy_(here)
+
+
+def _messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype on one device, together no larger than a message."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        if group and (
+            (tensor.dtype, tensor.device) != (group[0].dtype, group[0].device)
+            or sum(other.nbytes for other in group) + tensor.nbytes > MESSAGE_BYTES
+        ):
+            yield group
+            group = []
+        group.append(tensor)
+    if group:
+        yield group
