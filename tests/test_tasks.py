@@ -348,3 +348,17 @@ def test_two_names_of_one_split_are_refused(tmp_path):
         (tmp_path / split / "a").mkdir(parents=True)
     with pytest.raises(TalosError, match="dev and val are both names of validation; keep one"):
         tasks.load(tmp_path)
+
+
+def test_sources_are_those_of_the_commands(tmp_path):
+    digits, other = tasks.load("demo:digits"), tasks.load("demo:digits", seed=1)
+    assert digits.name == "digits" and len(digits.train) == len(other.train)
+    assert not np.array_equal(digits.train.inputs, other.train.inputs)
+    root = write_folder(tmp_path / "pets", {"train": 10, "test": 3})
+    found = tasks.load(f"hub:{root}", name="mine", class_names=["hound", "tabby"], templates=["a {}"], seed=1)
+    assert (found.name, found.class_names, found.templates) == ("mine", ("hound", "tabby"), ("a {}",))
+    assert found.validation.labels.tolist() == tasks.from_hub(root, seed=1).validation.labels.tolist()
+    with pytest.raises(TalosError, match="demo:none: the embedded tasks are digits, surfaces"):
+        tasks.load("demo:none")
+    with pytest.raises(TalosError, match="demo:digits has its own name, class names and templates; leave these out"):
+        tasks.load("demo:digits", class_names=["a"])

@@ -23,6 +23,7 @@ from talos_fast.restoring import restoring_parameters
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.uses import Precision
 from talos_fast.step import Amp
+from talos_fast.tasks import load as load_task
 from talos_fast.train import Schedule
 from talos_fast.vector_file import require_free
 
@@ -179,6 +180,6 @@ def demo(
     writing.require_folder(out, "--out")
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": run.seed}
     rates = {"nonlinear": nonlinear_lr, "talos": talos_lr}
-    tasks = None if data is None else [o.load_task(path) for path in data]
-    control_task = None if control is None else o.load_task(control)
+    tasks = None if data is None else [load_task(path) for path in data]
+    control_task = None if control is None else load_task(control)
     run_demo(run.backbone(), tasks, control_task, out, given, rates, progress=not run.quiet)

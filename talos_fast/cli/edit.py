@@ -19,6 +19,7 @@ from talos_fast.merge import Evaluate
 from talos_fast.merging import METHODS, check_options, combine
 from talos_fast.models import Backbone, Classifier
 from talos_fast.tasks import Task
+from talos_fast.tasks import load as load_task
 from talos_fast.tasks.base import check_distinct
 from talos_fast.vector_file import require_free
 
@@ -66,8 +67,8 @@ def merge(
         require_parameters(vector, "merge")
     if coefficient is None:
         _require_one_goal(add, subtract, control, data)
-    tasks = [o.load_task(path) for path in data or []]
-    control_task = None if control is None else o.load_task(control)
+    tasks = [load_task(path) for path in data or []]
+    control_task = None if control is None else load_task(control)
     backbone, report = run.backbone(), dict[str, Any]()
     if coefficient is None:
         floor = {} if control_floor is None else {"control_floor": control_floor}
@@ -118,7 +119,7 @@ def evaluate(
     vectors = _vectors(add, subtract)
     if not vectors:
         o.refuse("without --add or --subtract", {"--alpha": alpha})
-    tasks = [o.load_task(path) for path in data]
+    tasks = [load_task(path) for path in data]
     check_distinct(tasks)
     backbone = run.backbone()
     # Heads may be computed with the encoder, so they come before any edit.

@@ -14,13 +14,14 @@ import torch
 import typer
 import yaml
 
-from talos_fast import models, tasks
+from talos_fast import models
 from talos_fast.arguments import checked_seed
-from talos_fast.errors import TalosError, brief, needs
+from talos_fast.errors import TalosError, brief
 from talos_fast.fingerprint import read_checkpoint
 from talos_fast.models import Backbone, Classifier
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
+from talos_fast.tasks import load as load_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -180,26 +181,6 @@ def load_vector(path: Path) -> TaskVector:
     if not path.exists() and path.parent != Path() and path.parent.is_dir():
         raise TalosError(f"{path}: no such folder; give what save_pretrained wrote, or a repository as user/name")
     return TaskVector.from_pretrained(path)
-
-
-def load_task(path: Path) -> Task:
-    """A task from files, or ``TalosError``.
-
-    ``demo:NAME`` is a task of the embedded default, ``hub:SOURCE@REVISION`` a Hugging Face data set (``hub:FOLDER`` a
-    local one).
-    """
-    if str(path).startswith("hub:"):
-        source, _, revision = str(path).removeprefix("hub:").partition("@")
-        return tasks.from_hub(source, revision=revision or None)
-    if not str(path).startswith("demo:"):
-        return tasks.load(path)
-    with needs("demo"):
-        from talos_fast.demo.tasks import TASKS
-
-    name = str(path).removeprefix("demo:")
-    if name not in TASKS:
-        raise TalosError(f"--data {path}: the embedded tasks are {', '.join(TASKS)}")
-    return TASKS[name](0)
 
 
 def load_weights(classifier: Classifier, path: Path | None) -> None:

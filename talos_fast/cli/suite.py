@@ -14,6 +14,7 @@ from talos_fast.study import MethodResult, Plan
 from talos_fast.suite import RATES, Suite, choose_methods, run_suite
 from talos_fast.tables import show_means
 from talos_fast.tasks import Task, get_preset
+from talos_fast.tasks import load as load_task
 
 app = typer.Typer()
 
@@ -90,11 +91,11 @@ def _done(row: MethodResult) -> str:
 def _given(paths: list[Path], preset: str | None, data: Path | None, control: Path | None, seed: int) -> _Given:
     if (preset is None) == (not paths):
         raise TalosError("give either --preset with --data, or --tasks")
-    control_task = None if control is None else o.load_task(control)
+    control_task = None if control is None else load_task(control)
     if preset is None:
         if data is not None:
             raise TalosError(f"--data {data} is the folder of a preset; give tasks with --tasks")
-        return _Given([o.load_task(path) for path in paths], control_task)
+        return _Given([load_task(path) for path in paths], control_task)
     known = get_preset(preset)
     if data is None:
         raise TalosError(f"--preset {preset} needs --data, a folder with a folder for each of {', '.join(known.tasks)}")

@@ -24,7 +24,7 @@ logger = logging.getLogger("talos_fast")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
-def load(
+def from_files(
     path: str | Path,
     *,
     name: str | None = None,
@@ -54,7 +54,7 @@ def load(
         seed: of the held-out validation split.
 
     Example:
-        >>> task = load("cifar10.npz", class_names=["airplane", "automobile", ...])
+        >>> task = from_files("cifar10.npz", class_names=["airplane", "automobile", ...])
 
     Raises:
         TalosError: a file that is missing, cut off, empty or of another form, or class names that are not known.

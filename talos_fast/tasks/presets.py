@@ -8,7 +8,7 @@ from typing import Any
 from talos_fast.errors import TalosError, needs
 from talos_fast.tasks import language, vision, vision_names
 from talos_fast.tasks.base import Task
-from talos_fast.tasks.files import load
+from talos_fast.tasks.files import from_files
 from talos_fast.tasks.hub import load_dataset
 from talos_fast.tasks.splits import ALIASES, complete
 
@@ -72,7 +72,7 @@ READERS: dict[str, vision.Reader] = {
 def read_vision(name: str, folder: Path, seed: int) -> Task:
     """A vision task as it is published, or a folder that is laid out as ``train/<class>`` and ``test/<class>``."""
     if name != "imagenet" and (folder / "train").is_dir():
-        return _named(load(folder, name=name, templates=vision_names.TEMPLATES[name], seed=seed))
+        return _named(from_files(folder, name=name, templates=vision_names.TEMPLATES[name], seed=seed))
     found, names = READERS[name](folder, seed)
     train, validation, test = complete(found, folder, seed)
     if name == "imagenet":
