@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,9 @@ def finetune(
     chosen = get_method(method, compat)
     rate, weight_decay = chosen.lr if lr is None else lr, number("weight_decay", weight_decay)
     ranks = Ranks()
-    recipe = ranks.together(
-        lambda: _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
+    recipe = _agreed(
+        ranks, lambda: _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
     )
-    if not ranks.agree(recipe.steps):
-        raise TalosError(
-            f"{recipe.steps} steps here, another number on another rank; deal out equally many batches, or pass steps="
-        )
     options = Options(mask, density, finetuned, rank, lora_alpha)
     chosen.check(options)
     require_plain(model)
@@ -161,6 +158,16 @@ def finetune(
         "ranks": ranks.world, "mask": None if setup.mask is None else setup.mask.info, **setup.info,
     }  # fmt: skip
     return TaskVector.from_deltas(deltas, base=base, info=info)
+
+
+def _agreed(ranks: Ranks, make: Callable[[], Recipe]) -> Recipe:
+    """The recipe, if it has as many steps on all ranks."""
+    recipe = ranks.together(make)
+    if not ranks.agree(recipe.steps):
+        raise TalosError(
+            f"{recipe.steps} steps here, another number on another rank; deal out equally many batches, or pass steps="
+        )
+    return recipe
 
 
 def _made(setup: Setup) -> dict[str, Any]:
