@@ -98,50 +98,52 @@ def calibrate(
         TalosError: density, rounds or seed out of range, nothing maskable, no batch, NaN or infinite logits,
             sensitivities that are all zero, a checkpoint of another run, or another rank failed.
     """
-    start = time.perf_counter()
-    fraction = resolve_density(density, sparsity)
-    damage = _checked(rounds, damage)
-    seed = checked_seed("seed", seed)
-    include, exclude = patterns(include), patterns(exclude)
-    model, ranks = unwrapped(model), Ranks()
-    parameters = maskable_parameters(model, include, exclude)
-    scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
-    total = sum(p.numel() for p in parameters.values())
-    one_pass = isinstance(batches, Iterator) and (rounds > 1 or checkpoint_dir is not None)
-    batches = ranks.together(lambda: list(batches) if one_pass else batches)  # every round reads them again
-    base = fingerprint(model)
-    recipe: dict[str, Any] = {
-        "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
-        "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
-    }  # fmt: skip
-    identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
-    ranks.require_same(identity | {"checkpoint_dir": checkpoint_dir is not None}, "weights or options")
-    moved = parameters if rounds > 1 and damage != 1.0 else {}
-    with (
-        repeatable(batches, seed, device_of(model)) as batches,
-        restoring_parameters(moved),
-        interruptible() as interrupted,
-    ):
-        if checkpoint_dir is not None:
-            identity["data"] = data_digest(batches, ranks)
-        file = RoundFile(checkpoint_dir, identity, resume)
-        state = file.load(parameters, ranks) or Survivors.all(parameters, stability)
-        _damage(parameters, {name: ~kept for name, kept in state.kept.items()}, damage)
-        while state.round < rounds:
-            number = state.round + 1
-            count = max(1, share(fraction ** (number / rounds), total))
-            scores = _RoundScores(scorer, state, scores_device)
-            bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
-            samples = scorer.score(batches, scores.begin_batch, seed + number, ranks, bar=bar, stop=interrupted)
-            chosen, halves = scores.lowest(count, ranks)
-            logger.info("round %d of %d: %d of %d entries kept", number, rounds, count, total)
-            if number < rounds:
-                _damage(parameters, {name: old & ~chosen[name] for name, old in state.kept.items()}, damage)
-            spent = state.seconds + time.perf_counter() - start
-            state, start = Survivors(chosen, halves, state.rows, number, spent, samples), time.perf_counter()
-            file.save(state, ranks)
-    report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
-    return Mask(state.kept, base=base, info=recipe | report)
+    ranks = Ranks()
+    with ranks.as_one():
+        start = time.perf_counter()
+        fraction = resolve_density(density, sparsity)
+        damage = _checked(rounds, damage)
+        seed = checked_seed("seed", seed)
+        include, exclude = patterns(include), patterns(exclude)
+        model = unwrapped(model)
+        parameters = maskable_parameters(model, include, exclude)
+        scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
+        total = sum(p.numel() for p in parameters.values())
+        one_pass = isinstance(batches, Iterator) and (rounds > 1 or checkpoint_dir is not None)
+        batches = ranks.together(lambda: list(batches) if one_pass else batches)  # every round reads them again
+        base = fingerprint(model)
+        recipe: dict[str, Any] = {
+            "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
+            "samples_per_input": samples_per_input, "precision": precision, "seed": seed,
+        }  # fmt: skip
+        identity = {**recipe, "include": include, "exclude": exclude, "stability": stability, "base": digest(base)}
+        ranks.require_same(identity | {"checkpoint_dir": checkpoint_dir is not None}, "weights or options")
+        moved = parameters if rounds > 1 and damage != 1.0 else {}
+        with (
+            repeatable(batches, seed, device_of(model)) as batches,
+            restoring_parameters(moved),
+            interruptible(ranks.may_leave) as interrupted,
+        ):
+            if checkpoint_dir is not None:
+                identity["data"] = data_digest(batches, ranks)
+            file = RoundFile(checkpoint_dir, identity, resume)
+            state = file.load(parameters, ranks) or Survivors.all(parameters, stability)
+            _damage(parameters, {name: ~kept for name, kept in state.kept.items()}, damage)
+            while state.round < rounds:
+                number = state.round + 1
+                count = max(1, share(fraction ** (number / rounds), total))
+                scores = _RoundScores(scorer, state, scores_device)
+                bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
+                samples = scorer.score(batches, scores.begin_batch, seed + number, ranks, bar=bar, stop=interrupted)
+                chosen, halves = scores.lowest(count, ranks)
+                logger.info("round %d of %d: %d of %d entries kept", number, rounds, count, total)
+                if number < rounds:
+                    _damage(parameters, {name: old & ~chosen[name] for name, old in state.kept.items()}, damage)
+                spent = state.seconds + time.perf_counter() - start
+                state, start = Survivors(chosen, halves, state.rows, number, spent, samples), time.perf_counter()
+                file.save(state, ranks)
+        report = {"seconds": round(state.seconds, 3), "samples": state.samples, "stability": state.stability}
+        return Mask(state.kept, base=base, info=recipe | report)
 
 
 def _checked(rounds: int, damage: float) -> float:

@@ -73,7 +73,9 @@ class Saved:
         """Puts parameters and moments back where `Checkpoint.save` found them."""
         for name, p in trained.items():
             p.copy_(self.parameters[name])
-        optimizer.load_state_dict({"state": self.moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        places = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {number: _laid_out(moments, places[number]) for number, moments in self.moments.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Checkpoint:
@@ -98,10 +100,10 @@ class Checkpoint:
         Raises:
             TalosError: the folder cannot be written; the old checkpoint is untouched.
         """
-        all_progress = self._ranks.gathered(replace(progress, loss=progress.loss.cpu()))
-        if len({one.position.step for one in all_progress}) > 1:
+        if not self._ranks.agree(progress.position.step):
             logger.warning("no checkpoint: the ranks have not come equally far, since a step failed on one of them")
         elif progress.position.step:
+            all_progress = self._ranks.gathered(replace(progress, loss=progress.loss.cpu()))
             first = self._ranks.rank == 0
             self._ranks.together(lambda: self._write(trained, optimizer, all_progress) if first else None)
 
@@ -140,6 +142,16 @@ class Checkpoint:
             facts["data"], torch.tensor(facts["loss"]), facts["seconds"],
         )  # fmt: skip
         return Saved(progress, parts["parameter"], moments)
+
+
+def _laid_out(moments: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    """The moments laid out as their parameter: a file keeps no layout, and fused AdamW walks through both alike."""
+    return {
+        key: torch.empty_like(p, dtype=value.dtype, device=value.device).copy_(value)
+        if value.shape == p.shape
+        else value
+        for key, value in moments.items()
+    }
 
 
 def _facts(progress: Progress) -> dict[str, Any]:

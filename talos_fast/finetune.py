@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def finetune(
             own are refused, by the first of the epoch. It goes on exactly if random augmentation draws from torch's
             generators, and in no persistent worker.
         resume: take up a checkpoint that is there.
-        seed: of everything random; each rank adds its number.
+        seed: of everything random; each rank adds its number, but not for generators that the batches bring.
         progress: a bar on a terminal.
 
     Returns:
@@ -111,63 +110,57 @@ def finetune(
             of another run; for the linear methods an operation without a forward-mode derivative; ranks that were
             given different weights, options or numbers of steps, or another rank failed.
     """
-    chosen = get_method(method, compat)
-    rate, weight_decay = chosen.lr if lr is None else lr, number("weight_decay", weight_decay)
     ranks = Ranks()
-    recipe = _agreed(
-        ranks, lambda: _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
-    )
-    options = Options(mask, density, finetuned, rank, lora_alpha)
-    chosen.check(options)
-    require_plain(model)
-    options.require_base(model)
-    base, start, earlier = fingerprint(model), time.perf_counter(), list[float]()
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    with ranks.as_one():
+        chosen = get_method(method, compat)
+        rate, weight_decay = chosen.lr if lr is None else lr, number("weight_decay", weight_decay)
+        recipe = _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
+        options = Options(mask, density, finetuned, rank, lora_alpha)
+        chosen.check(options)
+        require_plain(model)
+        options.require_base(model)
+        if not ranks.agree(recipe.steps):
+            raise TalosError(
+                f"{recipe.steps} steps here, another number on another rank; deal out as many batches to each, or pass "
+                "steps="
+            )
+        base, start, earlier = fingerprint(model), time.perf_counter(), list[float]()
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
 
-    def train(setup: Setup, name: str, place: Path | None) -> Trainer:
-        asked = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base)}
-        identity = asked | _made(setup)
-        ranks.require_same(identity | {"checkpoint_dir": place is not None}, "weights or options")
-        checkpoint = None if place is None else Checkpoint(place, identity, resume, ranks)
-        train_mode(model)
-        logger.info(
-            "%s: %d steps, %s from %g after a warm-up of %d, %d tensors with entries that train",
-            name, recipe.steps, recipe.schedule, recipe.lr, recipe.warmup, len(setup.trained)
-        )  # fmt: skip
-        if compile:
-            setup = compiled(setup)
-        trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, ranks, checkpoint)
-        trainer.run(progress)
-        earlier.append(trainer.earlier_seconds)
-        return trainer
+        def train(setup: Setup, name: str, place: Path | None) -> Trainer:
+            asked = {**vars(recipe), "method": name, "weight_decay": weight_decay, "base": digest(base)}
+            identity = asked | _made(setup)
+            ranks.require_same(identity | {"checkpoint_dir": place is not None, "resume": resume}, "weights or options")
+            checkpoint = None if place is None else Checkpoint(place, identity, resume, ranks)
+            train_mode(model)
+            logger.info(
+                "%s: %d steps, %s from %g after a warm-up of %d, %d tensors with entries that train",
+                name, recipe.steps, recipe.schedule, recipe.lr, recipe.warmup, len(setup.trained)
+            )  # fmt: skip
+            if compile:
+                setup = compiled(setup)
+            trainer = Trainer(setup, model, batches, recipe, loss or F.cross_entropy, ranks, checkpoint)
+            trainer.run(progress)
+            earlier.append(trainer.earlier_seconds)
+            return trainer
 
-    def train_first(setup: Setup) -> Deltas:
-        with restoring_parameters(setup.trained):
-            train(setup, f"{method}, first run", folder and folder / FIRST)
-            return setup.export()
+        def train_first(setup: Setup) -> Deltas:
+            with restoring_parameters(setup.trained):
+                train(setup, f"{method}, first run", folder and folder / FIRST)
+                return setup.export()
 
-    with restoring_all_but_parameters(model):
-        setup = chosen.prepare(
-            Request(model, forward or default_forward, recipe.lr, weight_decay, options, train_first)
-        )
-        trainer = train(setup, method, folder)
-        deltas = setup.export()
-    info: dict[str, Any] = {
-        **vars(recipe), "method": method, "weight_decay": weight_decay, "last_loss": trainer.last_loss,
-        "seconds": round(time.perf_counter() - start + sum(earlier), 3), "torch": torch.__version__,
-        "ranks": ranks.world, "mask": None if setup.mask is None else setup.mask.info, **setup.info,
-    }  # fmt: skip
-    return TaskVector.from_deltas(deltas, base=base, info=info)
-
-
-def _agreed(ranks: Ranks, make: Callable[[], Recipe]) -> Recipe:
-    """The recipe, if it has as many steps on all ranks."""
-    recipe = ranks.together(make)
-    if not ranks.agree(recipe.steps):
-        raise TalosError(
-            f"{recipe.steps} steps here, another number on another rank; deal out equally many batches, or pass steps="
-        )
-    return recipe
+        with restoring_all_but_parameters(model):
+            setup = chosen.prepare(
+                Request(model, forward or default_forward, recipe.lr, weight_decay, options, train_first)
+            )
+            trainer = train(setup, method, folder)
+            deltas = setup.export()
+        info: dict[str, Any] = {
+            **vars(recipe), "method": method, "weight_decay": weight_decay, "last_loss": trainer.last_loss,
+            "seconds": round(time.perf_counter() - start + sum(earlier), 3), "torch": torch.__version__,
+            "ranks": ranks.world, "mask": None if setup.mask is None else setup.mask.info, **setup.info,
+        }  # fmt: skip
+        return TaskVector.from_deltas(deltas, base=base, info=info)
 
 
 def _made(setup: Setup) -> dict[str, Any]:
@@ -204,4 +197,4 @@ def _recipe(
             raise TalosError(f"{count} batches make no step of accumulate={accumulate}; there is nothing to train on")
     warmup = min(500, steps // 10) if warmup is None else warmup
     limit = None if clip is None else float(clip)
-    return Recipe(steps, lr, warmup, schedule, limit, accumulate, amp, checked_seed("seed", seed))
+    return Recipe(int(steps), lr, warmup, schedule, limit, accumulate, amp, checked_seed("seed", seed))

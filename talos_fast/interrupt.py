@@ -9,8 +9,8 @@ from types import FrameType
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first signal into a flag, so that what is running completes; a second one interrupts at once.
+def interruptible(at_once: Callable[[], bool] = lambda: True) -> Iterator[Callable[[], bool]]:
+    """Turns the first signal into a flag, so that what is running completes; a second one interrupts ``at_once``.
 
     One that came too late to stop anything interrupts at the end. SIGTERM is left to a program that handles it itself.
 
@@ -24,7 +24,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if os.getpid() != owner:  # a process that was forked meanwhile
             signal.signal(number, previous[signal.Signals(number)])
             signal.raise_signal(number)
-        elif pressed:
+        elif pressed and at_once():
             raise KeyboardInterrupt
         pressed = True
 

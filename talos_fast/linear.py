@@ -17,6 +17,7 @@ from talos_fast.edit import fitting, require_finite
 from talos_fast.errors import TalosError
 from talos_fast.forward import Forward
 from talos_fast.gradient_checkpointing import is_checkpointed_block
+from talos_fast.modules import unwrapped
 from talos_fast.tangents import Direction, Tangents
 from talos_fast.task_vector import TaskVector
 
@@ -68,11 +69,12 @@ class Linearized(nn.Module):
 
     @classmethod
     def along(cls, model: nn.Module, vector: TaskVector) -> "Linearized":
-        """The expansion of ``model`` at its parameters, along a task vector.
+        """The expansion of ``model``, or of what is in its wrappers, at its parameters, along a task vector.
 
         Raises:
             TalosError: the vector names or shapes do not fit the model.
         """
+        model = unwrapped(model)
         parameters = dict(model.named_parameters())
         deltas = fitting(model, vector.deltas)
         tangents = {name: delta.dense().to(parameters[name]) for name, delta in deltas.items()}

@@ -14,7 +14,7 @@ from talos_fast.fingerprint import require_base
 from talos_fast.forward import Forward, default_forward, functional_forward
 from talos_fast.linear import differentiable_forward
 from talos_fast.merge import Evaluate
-from talos_fast.modules import device_of
+from talos_fast.modules import device_of, unwrapped
 from talos_fast.sparse_vector import common
 from talos_fast.task_vector import TaskVector
 
@@ -61,10 +61,9 @@ def activation_matrix(
         TalosError: vectors of another base, or a task without a batch.
     """
     matrix = torch.zeros(len(vectors), len(tasks), dtype=torch.float64, device="cpu")
-    for column, (model, batches) in enumerate(tasks):
+    for column, (wrapped, batches) in enumerate(tasks):
+        model = unwrapped(wrapped)
         require_base(common(vectors)[0], model, "the task vectors")
-        for vector in vectors:
-            fitting(model, vector.deltas)
         seen = 0
         for batch in batches:
             batch = to_device(batch, device_of(model))
@@ -80,10 +79,15 @@ def activation_matrix(
 
 @torch.no_grad()
 def directional_derivative(model: nn.Module, vector: TaskVector, batch: Batch, forward: Forward) -> Tensor:
-    """J_θ f(x) τ, the derivative of the logits (N, K) along a vector, at the model's parameters, in evaluation mode."""
-    parameters = dict(model.named_parameters())
-    tangents = {name: delta.to(parameters[name]) for name, delta in vector.to_dense().items()}
-    origin = {name: p.detach() for name, p in parameters.items()}
+    """J_θ f(x) τ, the derivative of the logits (N, K) along a vector, at the model's parameters, in evaluation mode.
+
+    Buffers that the vector moves are no part of θ.
+    """
+    origin = {name: p.detach() for name, p in model.named_parameters()}
+    deltas = fitting(model, vector.deltas)
+    tangents = {name: delta.dense().to(origin[name]) for name, delta in deltas.items() if name in origin}
+    if not tangents:
+        return torch.zeros_like(functional_forward(forward, model, origin, batch))
 
     def logits(values: Mapping[str, Tensor]) -> Tensor:
         return functional_forward(forward, model, {**origin, **values}, batch)

@@ -167,14 +167,17 @@ class Mask(Mapping[str, Tensor]):
     def freeze(self, model: nn.Module) -> list[str]:
         """Sets ``requires_grad`` on exactly the parameters that have a selected entry; returns their names.
 
+        They come in the model's order: a mask that was read from a file has another one.
+
         Raises:
             TalosError: the mask does not fit the model.
         """
         self.check(model)
         counts = self.counts()
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
             parameter.requires_grad_(counts.get(name, 0) > 0)
-        return [name for name, count in counts.items() if count]
+        return [name for name in parameters if counts.get(name)]
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically; see `talos_fast.storage`."""

@@ -1,7 +1,9 @@
 """Working over the ranks of torch.distributed: each brings its own batches, all get the same sums and means."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +15,9 @@ from talos_fast.errors import TalosError
 from talos_fast.writing import dumps
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
+
+INTERRUPTED, FAILED = 1, 2
 
 MESSAGE_BYTES = 2**25
 """Small tensors travel together, in messages of up to so much."""
@@ -30,6 +35,7 @@ class Ranks:
         self._grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self._grouped else 0
         self.world = dist.get_world_size() if self._grouped else 1
+        self._inside = False
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Sums every tensor over the ranks, in place; all ranks get the same bits."""
@@ -52,21 +58,21 @@ class Ranks:
 
     def total(self, count: int) -> int:
         """The sum of a count over the ranks."""
-        return int(self._reduce(torch.tensor(count, device="cpu"), dist.ReduceOp.SUM))
+        return sum(self._exchange(count))
 
     def most(self, count: int) -> int:
         """The largest of a count over the ranks."""
-        return int(self._reduce(torch.tensor(count, device="cpu"), dist.ReduceOp.MAX))
+        return max(self._exchange(count))
 
     def agree(self, number: int) -> bool:
         """Whether a number is the same on all ranks."""
-        both = torch.tensor([number, -number], device="cpu")
-        self.maximum(both)
-        return int(both.sum()) == 0
+        return len(set(self._exchange(number))) == 1
 
     def same(self, facts: Any) -> bool:
         """Whether facts (JSON) are the same on all ranks."""
-        return self.agree(int.from_bytes(hashlib.blake2b(dumps(facts).encode(), digest_size=6).digest()))
+        return not self._grouped or self.agree(
+            int.from_bytes(hashlib.blake2b(dumps(facts).encode(), digest_size=6).digest())
+        )
 
     def require_same(self, facts: Mapping[str, Any], what: str) -> None:
         """Refuses facts (JSON) that are not the same on all ranks.
@@ -94,32 +100,62 @@ class Ranks:
         dist.all_gather_object(found, mine)
         return found
 
-    def together(self, run: Callable[[], T]) -> T:
-        """Runs on every rank, and gives what it gave here.
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """What fails or is interrupted in here on one rank ends all of them, instead of letting the others wait.
 
-        Where it fails or is interrupted on one, the others stop too instead of waiting for it.
+        They hear of it in their next exchange of numbers, whichever that is: so what is exchanged in here begins with
+        one. It may be nested.
 
         Raises:
             TalosError: another rank failed.
             KeyboardInterrupt: another rank was interrupted.
         """
-        failure: BaseException | None = None
+        self._inside, earlier = True, sys.exception()
         try:
-            found = run()
-        except (Exception, KeyboardInterrupt) as error:
-            failure = error
-        mine = 0 if failure is None else 1 if isinstance(failure, KeyboardInterrupt) else 2
-        worst = self.most(mine)
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # its traceback holds this frame, and with it what failed
-        if worst == 2:
-            raise TalosError("another rank failed; its own message says why")
-        if worst == 1:
-            raise KeyboardInterrupt
-        return found
+            yield
+        except BaseException as error:  # SystemExit too
+            self._inside = False
+            if not self._is_known(error, earlier):
+                self._exchange(0, INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+                self._make_known(error)
+            raise
+        self._inside = False
+        self._exchange(0)
+
+    def together(self, run: Callable[[], T]) -> T:
+        """Runs on every rank `as_one`, and gives what it gave here."""
+        with self.as_one():
+            return run()
+
+    def may_leave(self) -> bool:
+        """Whether this rank may be interrupted where it is: in the middle of an exchange the others would wait."""
+        return self._inside or not self._grouped
+
+    def _exchange(self, number: int, state: int = 0) -> list[int]:
+        """A number of every rank; raises where another, but not this one, has failed or was interrupted."""
+        if not self._grouped:
+            return [number]
+        mine = torch.tensor([number, state], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(found, mine)
+        numbers, states = zip(*torch.stack(found).tolist(), strict=True)
+        if not state and FAILED in states:
+            raise self._make_known(TalosError("another rank failed; its own message says why"))
+        if not state and INTERRUPTED in states:
+            raise self._make_known(KeyboardInterrupt())
+        return list(numbers)
+
+    def _make_known(self, error: E) -> E:
+        """Marks an error with which all ranks end: nobody is told again."""
+        error.__dict__["_known_to"] = self
+        return error
+
+    def _is_known(self, error: BaseException | None, earlier: BaseException | None) -> bool:
+        """Whether it is, or what was being handled when it was raised, back to what had been raised earlier."""
+        if error is None or error is earlier:
+            return False
+        return error.__dict__.get("_known_to") is self or self._is_known(error.__context__, earlier)
 
     def _reduce(self, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
         if not self._grouped:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from talos_fast.batch import Batch, Batches
-from talos_fast.checkpoint import Checkpoint, Position, Progress
+from talos_fast.checkpoint import Checkpoint, Position, Progress, Saved
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import batch_digest
 from talos_fast.interrupt import interruptible, uninterrupted
@@ -120,28 +120,30 @@ class Trainer:
                 a checkpoint of another run, of which nothing is taken up then; another rank failed.
             KeyboardInterrupt: Ctrl-C, after the step that was running and its checkpoint.
         """
-        seed = (self._recipe.seed + self._ranks.rank) % 2**63  # each rank draws its own dropout
-        with seeded(seed, self._step.device):
+        # Each rank drops out for itself; a generator of the batches' own may deal them out, for all ranks alike.
+        with seeded((self._recipe.seed + self._ranks.rank) % 2**63, self._step.device):
             self._random = RandomState(self._batches, self._step.device)
             before = self._random.get()
-            self._random.seed_own(seed)
+            self._random.seed_own(self._recipe.seed)
             try:
                 self._run(progress)
             finally:
                 self._random.set(before)
 
     def _run(self, progress: bool) -> None:
-        resumed = self._ranks.together(self._resume)
+        resumed, saved = self._ranks.together(self._resume)
         step = self._progress.position.step
         self._ranks.require_shared(self._checkpoint.path if self._checkpoint else None, step)
+        if saved is not None:  # only now: what one rank refuses, none takes up
+            saved.restore(self._setup.trained, self._setup.optimizer)
         if step >= self._recipe.steps:
             return
-        try:
-            with interruptible() as interrupted:
+        with interruptible(self._ranks.may_leave) as interrupted:
+            try:
                 self._loop(resumed, interrupted, progress)
-        finally:
-            # Parameters and moments change only inside a step, so this is the last good state, come what may.
-            self._save()
+            finally:
+                # Parameters and moments change only inside a step, so this is the last good state, come what may.
+                self._save()
 
     def _loop(self, resumed: Iterator[Batch] | None, interrupted: Callable[[], bool], progress: bool) -> None:
         done, last_save = self._progress.position.step, time.monotonic()
@@ -221,22 +223,21 @@ class Trainer:
             self._progress = self._reached.popleft()
             self._good -= 1
 
-    def _resume(self) -> Iterator[Batch] | None:
-        """The running epoch of the checkpoint's run, whose state is put back; None if there is none to go on with."""
+    def _resume(self) -> tuple[Iterator[Batch] | None, Saved | None]:
+        """The running epoch of the checkpoint's run, and what that had moved; None if there is none to go on with."""
         random = self._random.get()
         self._progress = Progress(Position(), random, random, "", torch.tensor(math.nan))
         saved = self._checkpoint.read() if self._checkpoint else None
         if saved is None or self._checkpoint is None:
-            return None
+            return None, None
         position, known = saved.progress.position, saved.progress.data
         iterator = self._open(position.epoch, saved.progress)
         if (found := self._data) != known and not isinstance(self._batches, Iterator):
             iterator = self._open(position.epoch, saved.progress)
         if found == self._data:  # batches that are never twice the same cannot be told from others
             require_same_run(self._checkpoint.path, {"data": known}, {"data": found})
-        saved.restore(self._setup.trained, self._setup.optimizer)
         self._progress, self.earlier_seconds = saved.progress, saved.progress.seconds
-        return iterator
+        return iterator, saved
 
     def _save(self) -> None:
         try:

@@ -94,14 +94,34 @@ def test_tables_that_are_only_looked_up_are_not_copied(tmp_path):
 def test_where_autocast_is_off_or_another_nothing_is_exchanged():
     layer = nn.Linear(4, 3).requires_grad_(False)
     x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.float16):
+        half = layer(x)
     with CastOnce(layer, torch.bfloat16):
         assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
         with torch.autocast("cpu", torch.float16):
-            assert layer(x).dtype is torch.float16
+            assert layer(x).dtype is torch.float16 and torch.equal(layer(x), half)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype is (x @ layer.weight.t()).dtype is torch.bfloat16
             assert torch.equal(functional.linear(input=x, weight=layer.weight, bias=layer.bias), layer(x))
             assert functional.embedding(torch.tensor([1]), layer.weight).dtype is torch.float32
+
+
+@pytest.mark.parametrize("made", [nullcontext, torch.inference_mode])
+def test_buffers_that_are_written_to_are_cast_anew(made):
+    """Not those made in inference mode, which nobody can write to outside of it, and which count no versions."""
+    layer = nn.Module()
+    with made():
+        layer.register_buffer("table", torch.ones(3, 4))
+    x = torch.ones(2, 4)
+    with CastOnce(layer, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        assert functional.linear(x, layer.table).unique() == 4
+        if not layer.table.is_inference():
+            layer.table.mul_(2)
+            assert functional.linear(x, layer.table).unique() == 8
+            compiled = torch.compile(lambda x: functional.linear(x, layer.table), backend="eager")
+            for factor in (8, 16):
+                assert compiled(x).unique() == factor
+                layer.table.mul_(2)
 
 
 def test_checkpointing_does_not_cast_again(tmp_path):

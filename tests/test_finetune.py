@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -361,3 +362,8 @@ def test_evaluate_counts(net):
         evaluate(net, [])
     with pytest.raises(TalosError, match="batch 0: labels"):
         evaluate(net, [(x, y + 2)])
+
+
+@pytest.mark.parametrize("steps", [np.uint8(3), np.uint64(3)])
+def test_unsigned_steps(net, steps):
+    assert finetune(net, loader(), method="nonlinear", steps=steps, progress=False).info["steps"] == 3

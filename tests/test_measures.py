@@ -1,5 +1,6 @@
 """Interference, function localization and disentanglement: against dense definitions, and the pictures of each."""
 
+import copy
 import json
 
 import pytest
@@ -73,6 +74,7 @@ def test_interference_as_table_and_json():
     apart = TaskVector({"w": torch.zeros(2)}, {"w": torch.tensor([1.0, 0.0])})
     other = TaskVector({"w": torch.zeros(2)}, {"w": torch.tensor([0.0, 3.0])})
     nothing = talos.interference([apart, other], names=["x", "y"])
+    assert nothing == talos.interference({"a": apart, "b": other}, names=["x", "y"])
     assert nothing.overlap[0][1] == nothing.sign_conflict[0][1] == nothing.shared_norm[0][1] == 0.0
     assert nothing.norm_shares == pytest.approx((0.1, 0.9))
     with pytest.raises(TalosError, match="1 names for 2 task vectors"):
@@ -172,8 +174,55 @@ def test_logits_that_move_against_each_other_do_not_cancel():
     base, tuned = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
     tuned.weight.data = base.weight.data + torch.tensor([[1.0], [-1.0]])
     x = torch.randn(5, 3)
-    found = activation_matrix([TaskVector(base, tuned)], [(base, [(x, torch.zeros(5).long())])])
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        found = activation_matrix([TaskVector(base, tuned)], [(base, [(x, torch.zeros(5).long())])])
+        assert not torch.backends.mha.get_fastpath_enabled(), "as it was found"
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
     torch.testing.assert_close(found[0, 0], x.sum(-1).abs().mean().double())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Linear(3, 3, bias=False) for _ in range(2))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_other_names_of_a_parameter_and_wrappers_of_the_model_are_looked_through():
+    """As by `merge`: state dicts call a tied parameter by each of its names, those of wrapped models with a prefix."""
+    base, tuned, x = Tied(), Tied(), torch.randn(8, 3)
+    plain, wrapped = TaskVector(base, tuned), nn.DataParallel(base)
+    by_state = TaskVector(base.state_dict(), tuned.state_dict())
+    prefixed = TaskVector(wrapped.state_dict(), nn.DataParallel(tuned).state_dict())
+    assert [len(vector) for vector in (plain, by_state, prefixed)] == [1, 2, 2]
+    tasks = [(model, [(x, torch.zeros(8).long())]) for model in (base, wrapped)]
+    found = activation_matrix([plain, by_state, prefixed], tasks)
+    assert found[0, 0] > 0 and torch.equal(found, found[:1, :1].expand(3, 2))
+    lines = [
+        TaskVector.from_deltas(v.deltas, base=v.base, info={"linearized": True}) for v in (plain, by_state, prefixed)
+    ]
+    judges = (lambda model: model(x).argmax(-1),) * 2
+    errors = [
+        disentanglement_error(model, (line, -line), judges, (0.0, 1.0)) for model in (base, wrapped) for line in lines
+    ]
+    assert errors[0].max() > 0 and all(torch.equal(errors[0], others) for others in errors)
+    expected = talos.merge(base, lines[:1])(x)
+    assert all(torch.equal(talos.merge(model, [line])(x), expected) for model in (base, wrapped) for line in lines)
+
+
+def test_buffers_are_no_part_of_a_derivative_and_nothing_has_none():
+    base, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval(), torch.randn(8, 3)
+    tuned = copy.deepcopy(base)
+    tuned[1].running_mean += 1.0
+    still = TaskVector(base, tuned)
+    tuned[0].bias.data += 1.0
+    found = activation_matrix([TaskVector(base, tuned), still], [(base, [(x, torch.zeros(8).long())])])
+    torch.testing.assert_close(found, torch.tensor([[1 / (1 + 1e-5) ** 0.5], [0.0]]).double())
 
 
 def threshold_task(column: int):
@@ -214,6 +263,9 @@ def test_each_task_is_asked_of_its_own_model():
     prefixed = tuple(TaskVector.from_deltas({"0.weight": vector.deltas["weight"]}) for vector in pair)
     disentanglement_error(bases, prefixed, judges, [0.0, 1.0])
     assert [{id(model) for model in seen} for seen in asked] == [{id(model)} for model in bases]
+    apart = (shared, copy.deepcopy(shared))
+    disentanglement_error(apart, pair, judges, [0.0, 1.0])
+    assert not any(model.weight.any() for model in apart), "left moved"
     with pytest.raises(TalosError, match="another base"):
         disentanglement_error((shared, nn.Linear(2, 1, bias=False)), pair, judges, [0.0])
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from talos_fast import TalosError, TaskVector, interference, merge, search_alpha
 from talos_fast.alpha_search import AlphaSearch, choose_alpha
+from talos_fast.delta import SparseDelta
 from talos_fast.edit import Edit
 
 
@@ -135,7 +136,8 @@ def test_a_base_in_another_dtype_is_asked_for_by_name(base):
 def test_ties_take_the_smallest_alpha(base):
     vector = TaskVector(base, tuned(base, 1))
     assert search_alpha(base, [vector], evaluate=lambda model: 0.5).alpha == 0.0
-    assert search_alpha(base, [vector], evaluate=lambda model: 0.5, grid=[0.9, 0.3]).alpha == 0.3
+    found = search_alpha(base, [vector], evaluate=lambda model: 0.5, grid=[0.9, 0.3, 0.9])
+    assert found.alpha == 0.3 and [trial.alpha for trial in found.trials] == [0.3, 0.9]
 
 
 def test_search_alpha_for_negation(base):
@@ -152,8 +154,11 @@ def test_search_alpha_for_negation(base):
     )  # fmt: skip
     assert found.alpha == pytest.approx(0.3)
     assert found.best.control >= 0.95 * 0.6 and found.control == pytest.approx(0.6)
-    loose = search_alpha(base, [vector], evaluate=alpha_of, control=lambda model: 0.6, control_floor=0.5)
-    assert loose.alpha == 0.0
+    loose = search_alpha(
+        base, [vector], evaluate=lambda model: 0.8 - 0.5 * alpha_of(model),
+        control=lambda model: 0.6 - 0.095 * alpha_of(model), control_floor=0.9,
+    )  # fmt: skip
+    assert loose.alpha == pytest.approx(0.6)
     assert torch.equal(base.weight, start)
 
 
@@ -223,6 +228,8 @@ def test_what_judges_is_a_function(base):
     vector = TaskVector(base, tuned(base, 1))
     with pytest.raises(TalosError, match="give functions model -> accuracy"):
         search_alpha(base, [vector], evaluate=[[1, 2]])
+    with pytest.raises(TalosError, match="found a float; give functions"):
+        search_alpha(base, [vector], evaluate=lambda model: 0.5, control=0.95)
 
 
 def test_any_numbers_and_iterables_are_taken(base):
@@ -255,6 +262,31 @@ def test_one_vector_is_no_list_of_vectors(base):
     ):
         with pytest.raises(TalosError, match="give a list"):
             call()
+
+
+def test_names_of_a_tied_parameter_meet_before_vectors_are_combined():
+    base = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    nn.init.zeros_(base[0].weight)
+    base[1].weight = base[0].weight
+    first, second = (
+        TaskVector.from_deltas({name: SparseDelta((2, 2), torch.tensor(values))})
+        for name, values in (("0.weight", [3.0, 1.0, 0.0, 0.0]), ("1.weight", [-1.0, 1.0, 0.0, 0.0]))
+    )
+    merged = merge(base, [first, second], method="ties", density=1.0)
+    assert merged[0].weight.tolist() == merged[1].weight.tolist() == [[3.0, 1.0], [0.0, 0.0]]
+    seen = []
+    judge = lambda model: float(seen.append(model[1].weight.detach().clone()) is None)  # noqa: E731
+    search_alpha(base, [first, second], evaluate=[judge] * 2, grid=[1.0], method="ties", density=1.0)
+    assert torch.equal(seen[-1], merged[1].weight)
+
+
+def test_what_is_kept_is_measured_where_a_linear_vector_forgets():
+    base = nn.Linear(2, 2, bias=False)
+    nn.init.ones_(base.weight)
+    line = TaskVector.from_deltas({"weight": SparseDelta((2, 2), torch.ones(4))}, info={"linearized": True})
+    total = lambda model: float(model(torch.ones(1, 2)).detach().sum())  # noqa: E731
+    found = search_alpha(base, [-line], evaluate=total, control=total, control_floor=0.0, grid=[0.0, 0.125])
+    assert found.trials[1].control == found.trials[1].accuracies[0] == 3.5
 
 
 def test_means_that_are_equal_are_ties_in_whatever_order_the_tasks_come():

@@ -79,6 +79,9 @@ def test_ties_where_the_changes_balance():
     base = {"w": torch.zeros(3)}
     vectors = [TaskVector(base, {"w": torch.tensor(w)}) for w in ([1.0, 1.0, 0.0], [-1.0, 3.0, 0.0], [0.0, -2.0, 5.0])]
     assert merging.ties(vectors, density=1.0).to_dense()["w"].tolist() == [0.0, 2.0, 5.0]
+    alone = {"w": torch.zeros(1)}
+    nearly = [TaskVector(alone, {"w": torch.tensor([w])}) for w in (2.0**30, 2.0, -(2.0**30))]
+    assert merging.ties(nearly, density=1.0).to_dense()["w"].tolist() == [2.0**29], "float32 loses the 2"
 
 
 @pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
@@ -182,7 +185,7 @@ def test_tall_masks_and_consensus_by_their_definitions(dense, lam):
     for mask, wanted in zip(merging.tall_masks(vectors, lam=lam), claimed, strict=True):
         reconstructed = sum(vectors).restrict(mask)
         close(reconstructed, total * wanted)
-        assert mask.base == vectors[0].base
+        assert mask.base == vectors[0].base and mask.info["lam"] == lam
     for agreement in (1, 2, 3):
         merged = merging.consensus(vectors, lam=lam, agreement=agreement)
         close(merged, total * (claimed.sum(0) >= agreement))
@@ -200,6 +203,7 @@ def test_nothing_is_claimed_where_others_cancel():
     base = {"w": torch.zeros(2)}
     vectors = [TaskVector(base, {"w": torch.tensor(w)}) for w in ([1.0, 0.0], [-1.0, 0.0], [0.0, 2.0])]
     assert merging.tall_masks(vectors)[2]["w"].tolist() == [False, True]
+    assert merging.tall_masks(vectors[:2], lam=1.0)[0]["w"].tolist() == [True, False], "as much as the others is enough"
 
 
 def test_restrict_keeps_exactness():
@@ -263,10 +267,14 @@ def test_refusals():
             merging.combine(vectors, method=method, **option)
     with pytest.raises(TalosError, match="beta=0.9, gamma=0.1"):
         merging.breadcrumbs(vectors, beta=0.9, gamma=0.1)
-    with pytest.raises(TalosError, match="lam=0"):
-        merging.tall_masks(vectors, lam=0)
-    with pytest.raises(TalosError, match="agreement=3 of 2 tasks"):
-        merging.consensus(vectors, agreement=3)
+    with pytest.raises(TalosError, match="beta=0.5, gamma=-0.1"):
+        merging.breadcrumbs(vectors, beta=0.5, gamma=-0.1)
+    for lam in (0, math.nan):
+        with pytest.raises(TalosError, match=f"lam={lam}"):
+            merging.tall_masks(vectors, lam=lam)
+    for agreement in (0, 3):
+        with pytest.raises(TalosError, match=f"agreement={agreement} of 2 tasks"):
+            merging.consensus(vectors, agreement=agreement)
     with pytest.raises(TalosError, match="no task vector to merge"):
         merging.ties([])
     odd = TaskVector.from_deltas({"a": SparseDelta((2,), torch.ones(2))})

@@ -1,24 +1,27 @@
 """The five methods: each against its definition, on every kind of model, interrupted and resumed."""
 
 import copy
+import math
 import os
 import signal
 
 import peft
 import pytest
 import torch
-from methods_cases import case
+from methods_cases import case, mask_of
 from tiny_models import text_task, tiny_clip
 from torch import nn
 from torch.nn import functional
 
 from talos_fast import Mask, TalosError, TaskVector, calibrate, evaluate, finetune, merge, models, search_alpha
+from talos_fast.delta import SparseDelta
 from talos_fast.evaluate import evaluate_along
 from talos_fast.forward import default_forward
 from talos_fast.linear import Linearized
 from talos_fast.methods import METHODS, Options, Request, get_method
 from talos_fast.methods.l_lora import lora_adapters, lora_changes
 from talos_fast.methods.lota import largest_changes
+from talos_fast.methods.masked import masked
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LINEAR = ("linearized", "l-lora")
@@ -159,6 +162,17 @@ def test_addition_of_linear_vectors_is_exact(method, tmp_path):
             evaluate_along(base, 1e30 * total, batches, [0.0, alpha])
 
 
+@pytest.mark.parametrize("linearized", [False, True])
+def test_accuracy_along_a_vector_is_that_of_the_logits_that_forward_makes(linearized):
+    """The logits are (1 - alpha, alpha), and their negatives are asked for."""
+    deltas = {"weight": SparseDelta((2, 1), torch.tensor([-1.0, 1.0]))}
+    vector = TaskVector.from_deltas(deltas, info={"linearized": linearized})
+    base, data = nn.Linear(1, 2, bias=False), [(torch.ones(4, 1), torch.tensor([0, 0, 0, 1]))]
+    base.weight.data = torch.tensor([[1.0], [0.0]])
+    found = evaluate_along(base, vector, data, [0.25, 0.75], forward=lambda model, batch: -model(batch[0]))
+    assert [accuracy.correct for accuracy in found] == [1, 3]
+
+
 def test_l_lora_is_the_expansion_of_peft_s_lora(tmp_path):
     """The same A0, any B: our direction against torch.func.jvp over A and B of a model that peft adapted."""
     model, batches = case("bert", tmp_path, torch.float64)
@@ -205,6 +219,26 @@ def test_l_lora_moves_queries_and_values_by_its_factors(tmp_path):
     first, second = lora_adapters(tiny_clip().encoder, 4), lora_adapters(tiny_clip().encoder, 4)
     assert all(torch.equal(a.a, b.a) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0].a, first[1].a)
+    assert all(0.9 < adapter.a.abs().max() * math.sqrt(32) <= 1 for adapter in first), "Kaiming's bound, of LoRA"
+
+
+def test_what_a_mask_trains_has_its_whole_gradient_outside_of_the_steps(tmp_path):
+    model, batches = case("clip", tmp_path)
+    setup = masked(Request(model, default_forward, 1e-3, 0.0, Options(), None), mask_of(model))
+    with setup.around():
+        pass
+    default_forward(model, batches[0]).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in setup.trained.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_the_weight_decay_that_is_asked_for(method, tmp_path):
+    model, _ = case("clip", tmp_path)
+    mask = mask_of(model)
+    changes = {name: SparseDelta.between(name, torch.zeros(m.shape), m.float()) for name, m in mask.items()}
+    options = {"talos": Options(mask=mask), "lota": Options(finetuned=TaskVector.from_deltas(changes), density=0.01)}
+    request = Request(model, default_forward, 1e-3, 0.3, options.get(method, Options()), None)
+    assert {group["weight_decay"] for group in get_method(method).prepare(request).optimizer.param_groups} == {0.3}
 
 
 def test_adapters_act_by_alpha_over_rank(tmp_path):
@@ -231,6 +265,7 @@ def test_lota_trains_the_largest_changes(tmp_path):
     own = train(alone, batches, "lota", density=0.05, lr=1e-3)
     vector = train(given, batches, "lota", density=0.05, finetuned=full, lr=1e-3)
     assert same(bits(alone), bits(given)) and (own - vector).norm() == 0
+    assert own.info["density"] == vector.info["density"] == 0.05
     moved = torch.cat([(p != start[name]).flatten() for name, p in bits(given).items()])
     threshold = change.sort(descending=True).values[count - 1]
     assert not moved[change < threshold].any()
@@ -290,6 +325,9 @@ def test_the_flag_survives_a_file_and_vectors_of_two_kinds_do_not_mix(tmp_path):
     ("talos", {"rank": 4}, "rank= means nothing to method 'talos', which takes mask"),
     ("l-lora", {"rank": 0}, "rank=0, lora_alpha=32.0: both must be positive"),
     ("l-lora", {"lora_alpha": -1.0}, "lora_alpha=-1.0: both must be positive"),
+    ("l-lora", {"lora_alpha": math.inf}, "lora_alpha=inf: both must be positive, the rank an integer, alpha finite"),
+    ("l-lora", {"rank": True}, "rank=True, lora_alpha=32.0: both must be positive"),
+    ("l-lora", {"lora_alpha": "8"}, "lora_alpha='8': must be a number"),
     ("lota", {"density": 2.0}, "density=2.0"),
     ("lota", {"mask": Mask({"w": torch.ones(1, dtype=torch.bool)})}, "mask= means nothing to method 'lota'"),
 ])  # fmt: skip

@@ -23,6 +23,7 @@ from talos_fast import models
 from talos_fast.errors import TalosError
 from talos_fast.models import Backbone, ChoiceHead, Classifier, CosineHead
 from talos_fast.models.encoders import EncoderBackbone
+from talos_fast.models.open_clip import OpenClipBackbone
 from talos_fast.tasks import Split, Task
 
 KINDS = ["clip", "timm", "bert", "t5"]
@@ -99,6 +100,13 @@ def test_dtype_and_copies(backbone):
     assert torch.equal(logits_of(classifier, batch), expected)  # the copies shared nothing
 
 
+def test_a_head_is_of_the_dtype_that_the_encoder_was_cast_to(backbone):
+    task = task_for(backbone)
+    backbone.classifier(task).bfloat16()  # and with it the encoder of all
+    batch = next(iter(backbone.batches(task.test, batch_size=4)))
+    assert logits_of(backbone.classifier(task), batch).isfinite().all()
+
+
 def test_jvp_goes_through(backbone):
     classifier = backbone.classifier(task_for(backbone))
     parameters = dict(classifier.named_parameters())
@@ -148,6 +156,15 @@ def test_loader_refuses_nothing(argument):
         tiny_timm().batches(image_task().train, batch_size=2, seed=-1)
 
 
+def test_texts_are_asked_for(tmp_path):
+    backbone = models.load(str(write_bert(tmp_path)))
+    for wrong in ([], np.zeros((1, 2)), [b"red"]):
+        with pytest.raises(TalosError, match="without texts; give a list of at least one str"):
+            backbone.prepare(wrong)
+    t5 = models.load(str(write_t5(tmp_path / "t5")))
+    assert t5.prepare(["red " * 200])["input_ids"].shape == (1, 128), "the paper's longest input"
+
+
 def test_other_modality_is_refused(backbone):
     other = text_task() if backbone.modality == "image" else image_task()
     with pytest.raises(TalosError, match=f"takes {backbone.modality} tasks"):
@@ -181,9 +198,23 @@ def test_clip_head_is_open_clips_own():
     assert len(list(classifier.parameters())) == len(list(backbone.model.visual.parameters()))
 
 
+def test_clip_takes_openai_s_templates_where_a_task_has_none_and_no_tower_that_gives_tokens(monkeypatch):
+    backbone, task = tiny_clip(), replace(image_task(), templates=("a photo of the {}",))
+    monkeypatch.setattr("open_clip.OPENAI_IMAGENET_TEMPLATES", task.templates)
+    heads = [backbone.classifier(each).head for each in (task, replace(task, templates=()))]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    backbone.model.visual.output_tokens = True
+    with pytest.raises(TalosError, match="returns tokens beside the image vector"):
+        OpenClipBackbone("tokens", backbone.model, WordTokenizer())
+
+
 def test_class_mean_head():
     backbone, task = tiny_timm(), image_task()
+    backbone.encoder.norm = nn.Identity()  # features of different lengths
+    backbone.encoder.pos_drop = nn.Dropout(0.5)
+    backbone.encoder.train()  # without its dropout while heads are made
     head = backbone.classifier(task).head
+    backbone.encoder.eval()
     with torch.no_grad():
         features = nn.functional.normalize(backbone.encoder(backbone.prepare(task.train.inputs)), dim=-1)
     for label in range(3):
@@ -197,22 +228,29 @@ def test_class_mean_head():
 def test_class_means_are_of_a_few_images(monkeypatch):
     monkeypatch.setattr("talos_fast.models.timm.IMAGES_A_CLASS", 2)
     backbone, seen = tiny_timm(), []
-    backbone.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    backbone.classifier(image_task(classes=3, per_split=24))
-    assert sum(seen) == 3 * 2
+    backbone.encoder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    task = image_task(classes=3, per_split=24)
+    backbone.classifier(task)
+    assert sum(map(len, seen)) == 3 * 2
+    first = backbone.prepare(task.train.inputs[:6])
+    assert not all((first == image).flatten(1).all(1).any() for image in torch.cat(seen)), "they are drawn"
 
 
-def test_text_head_is_the_mean_of_the_normalised_prompts(tmp_path):
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_text_head_is_the_mean_of_the_normalised_prompts(pooling, tmp_path):
     backbone = models.load(str(write_bert(tmp_path)))
+    backbone.pooling = pooling
     task = replace(text_task(), templates=("the {} is", "good {} of the sea"))
     backbone.encoder.train()  # without its dropout while heads are made
     head = backbone.classifier(task).head
     with torch.no_grad():
         for k, name in enumerate(task.class_names):
             alone = [backbone.prepare([template.format(name)]) for template in task.templates]
-            vectors = [backbone.encoder(**tokens).last_hidden_state.mean(1)[0] for tokens in alone]
+            hidden = [backbone.encoder(**tokens).last_hidden_state[0] for tokens in alone]
+            vectors = [states.mean(0) if pooling == "mean" else states[0] for states in hidden]
             mean = sum(nn.functional.normalize(vector, dim=0) for vector in vectors)
             torch.testing.assert_close(head.weight[:, k], nn.functional.normalize(mean, dim=0), rtol=0, atol=1e-5)
+    assert head.scale == 20, "that of sentence-transformers"
 
 
 def test_encoder_pools_over_tokens_only_and_has_no_pooler(tmp_path):

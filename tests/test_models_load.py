@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import WordTokenizer, text_task, tiny_clip, write_bert, write_t5, write_tokenizer
+from tiny_models import WordTokenizer, image_task, text_task, tiny_clip, write_bert, write_t5, write_tokenizer
 
 from talos_fast import models
 from talos_fast.demo import masks
@@ -20,8 +20,12 @@ def test_load_by_name(tmp_path, caplog):
     assert "random weights" in caplog.text
     assert next(backbone.encoder.parameters()).dtype == torch.bfloat16
     assert "blocks.0.attn.qkv.weight" in dict(backbone.encoder.named_parameters())
-    assert backbone.preprocess.crop_fraction == 0.9
-    assert models.load(f"t5:{write_t5(tmp_path / 't5')}").name.startswith("t5:")
+    assert (backbone.preprocess.crop_fraction, backbone.preprocess.interpolation) == (0.9, "bicubic")
+    t5 = write_t5(tmp_path / "t5")
+    assert models.load(f"t5:{t5}").name.startswith("t5:")
+    config = t5 / "config.json"
+    config.write_text(config.read_text().replace('"t5"', '"mt5"').replace("T5For", "MT5For"))
+    assert models.load(str(t5)).name == f"t5:{t5}"
 
 
 def test_pictures_are_prepared_as_the_timm_model_was_trained():
@@ -30,13 +34,32 @@ def test_pictures_are_prepared_as_the_timm_model_was_trained():
     assert (found.size, found.interpolation, found.crop_fraction) == ((224, 224), "bilinear", 0.875)
 
 
-def test_open_clip_by_name_knows_quick_gelu(tmp_path, monkeypatch):
+def test_a_timm_model_that_takes_squashed_pictures_gets_them(monkeypatch):
+    import timm
+
+    config = timm.data.resolve_data_config({"crop_mode": "squash"})
+    monkeypatch.setattr(timm.data, "resolve_model_data_config", lambda model: config)
+    assert models.load("timm:vit_tiny_patch16_224").preprocess.resize_mode == "squash"
+
+
+def test_timm_weights_of_a_model_with_two_heads(tmp_path, caplog):
+    import timm
+
+    full = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3)
+    torch.save(full.state_dict(), tmp_path / "deit.pth")
+    encoder = models.load("timm:deit_tiny_distilled_patch16_224", pretrained=str(tmp_path / "deit.pth")).encoder
+    expected = {name: p for name, p in full.named_parameters() if not name.startswith(("head.", "head_dist."))}
+    assert encoder.state_dict().keys() == expected.keys() and "random weights" not in caplog.text
+    assert all(torch.equal(p, expected[name]) for name, p in encoder.named_parameters())
+
+
+def test_open_clip_by_name_knows_quick_gelu(tmp_path, monkeypatch, caplog):
     import open_clip
 
     asked = {}
 
     def create(name, pretrained, **kwargs):
-        asked.update(kwargs)
+        asked.update(kwargs, name=name)
         return tiny_clip().model
 
     monkeypatch.setattr(open_clip, "create_model", create)
@@ -44,15 +67,27 @@ def test_open_clip_by_name_knows_quick_gelu(tmp_path, monkeypatch):
     models.load("ViT-B-32", pretrained="openai")
     assert asked["force_quick_gelu"] is True
     models.load("open_clip:ViT-B-32", pretrained="laion2b_s34b_b79k")
-    assert asked["force_quick_gelu"] is False
+    assert asked["force_quick_gelu"] is False and asked["device"] == torch.device("cpu") and not caplog.text
+    half = models.load("open_clip:local-dir:here", dtype=torch.bfloat16)
+    assert asked["name"] == "local-dir:here" and not caplog.text
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    with pytest.raises(TalosError, match="local-dir:here carries its own weights, found 'openai'"):
+        models.load("open_clip:local-dir:here", pretrained="openai")
+    models.load("ViT-B-32")
+    assert "ViT-B-32: random weights" in caplog.text
 
 
 def test_errors_name_what_was_tried(tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration
+
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "config.json").write_text("{}")
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     t5 = write_t5(tmp_path / "t5")
-    bert = write_bert(tmp_path / "bert")
+    bert, bart = write_bert(tmp_path / "bert"), tmp_path / "bart"
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    BartForConditionalGeneration(BartConfig(vocab_size=24, **small)).save_pretrained(bart)
+    write_tokenizer(bart, eos=True)
     write_tokenizer(tmp_path / "hollow", eos=True)
     (tmp_path / "hollow" / "config.json").write_text((t5 / "config.json").read_text())
     for arguments, message in [
@@ -65,7 +100,9 @@ def test_errors_name_what_was_tried(tmp_path):
         ({"name": "timm:vit_tiny_patch16_224", "pretrained": str(tmp_path / "weights.pth")}, "not a whole file"),
         ({"name": str(tmp_path / "junk")}, "no model_type"),
         ({"name": f"hf:{t5}"}, "use t5:"),
+        ({"name": f"t5:{bart}"}, "found 'bart'; give a T5"),
         ({"name": f"t5:{bert}"}, "could not be loaded|found 'bert'"),
+        ({"name": "t5:./none"}, "t5:./none: no such folder"),
         ({"name": str(tmp_path / "hollow")}, "could not be loaded"),
         ({"name": str(bert), "pretrained": "x"}, "carries its own weights"),
         ({"name": "hf:nobody/nothing-here"}, "could not be loaded"),
@@ -102,7 +139,10 @@ def test_hf_weights_that_lack_a_tensor(tmp_path):
     from safetensors.torch import load_file, save_file
 
     file = write_bert(tmp_path) / "model.safetensors"
-    state = {k: v for k, v in load_file(file).items() if "layer.1.output" not in k}
+    state = {k: v for k, v in load_file(file).items() if "pooler" not in k}
+    save_file(state, file, metadata={"format": "pt"})
+    models.load(str(tmp_path))  # which drops the pooler
+    state = {k: v for k, v in state.items() if "layer.1.output" not in k}
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(TalosError, match="weights lack"):
         models.load(str(tmp_path))
@@ -166,3 +206,6 @@ def test_classes_with_the_same_tokens_are_named(tmp_path, caplog):
     twins = dataclasses.replace(classes, class_names=("unknown1", "unknown2", classes.class_names[2]))
     models.load(f"hf:{write_bert(tmp_path)}").classifier(twins)
     assert "cannot tell the class 'unknown2' from 'unknown1', which has the same tokens" in caplog.text
+    dotted = dataclasses.replace(image_task(), class_names=("red", "red.", "blue"))
+    tiny_clip().classifier(dotted)
+    assert "tiny-clip cannot tell the class 'red.' from 'red'" in caplog.text

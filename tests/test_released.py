@@ -6,14 +6,14 @@ import math
 import peft
 import pytest
 import torch
-from tiny_models import image_task, text_task, tiny_clip, tiny_timm, write_t5
+from tiny_models import image_task, text_task, tiny_clip, tiny_timm, write_bert, write_t5
 from torch import nn
 from torch.nn import functional
 
-from talos_fast import TalosError, calibrate, finetune, merge, models
+from talos_fast import TalosError, TaskVector, calibrate, finetune, merge, models
 from talos_fast.batch import labels_of
 from talos_fast.forward import default_forward
-from talos_fast.methods import get_method
+from talos_fast.methods import Options, Request, get_method
 from talos_fast.methods.l_lora import lora_adapters
 from talos_fast.methods.released import ScoredAdamW
 from talos_fast.sensitivity.selection import maskable_parameters
@@ -23,8 +23,9 @@ RAW = {f"encoder.{name}" for name in ("class_embedding", "positional_embedding",
 
 
 def case(kind: str, folder):
-    if kind == "t5":
-        backbone, task = models.load(str(write_t5(folder)), dtype=torch.float64), text_task()
+    if kind in ("t5", "bert"):
+        write = write_t5 if kind == "t5" else write_bert
+        backbone, task = models.load(str(write(folder)), dtype=torch.float64), text_task()
     else:
         backbone, task = tiny_clip() if kind == "clip" else tiny_timm(), image_task()
     model = backbone.classifier(task).double()
@@ -162,6 +163,23 @@ def test_l_lora_on_vision_trains_all_of_attention_and_multiplies_by_alpha(tmp_pa
     assert set(vector) == {name for name in parameters if ".attn." in name}
 
 
+@pytest.mark.parametrize("compat", ["paper", "released"])
+@pytest.mark.parametrize(
+    "kind, method", [("clip", "l-lora"), ("t5", "l-lora"), ("clip", "lota"), ("clip", "linearized")]
+)
+def test_nothing_that_is_frozen_trains(kind, method, compat, tmp_path):
+    model, batches = case(kind, tmp_path)
+    for name, p in model.named_parameters():
+        p.requires_grad_("blocks.1." in name or "block.1." in name)
+    vector = finetune(model, batches, method=method, compat=compat, lr=LR, steps=1, progress=False)
+    assert set(vector) and all("block" in name and ".1." in name for name in vector)
+
+
+def test_l_lora_on_language_trains_no_bias(tmp_path):
+    vector = train(*case("bert", tmp_path), "l-lora")
+    assert {name.split(".", 5)[-1] for name in vector} == {"self.query.weight", "self.value.weight"}
+
+
 def test_scored_adamw_with_scores_of_one_is_adamw():
     start, gradient = torch.randn(50), torch.randn(50)
     first, second = (nn.Parameter(start.clone()) for _ in range(2))
@@ -180,4 +198,18 @@ def test_refusals(tmp_path):
         finetune(model, batches, compat="old", steps=1, progress=False)
     with pytest.raises(TalosError, match="rank=0, lora_alpha=32.0: both must be positive"):
         train(model, batches, "l-lora", rank=0)
+    moved = copy.deepcopy(model)
+    moved.encoder.positional_embedding.data += 1.0  # which the released code does not choose among
+    with pytest.raises(TalosError, match="finetuned= changed 0 entries"):
+        train(model, batches, "lota", finetuned=TaskVector(model, moved), density=1e-3)
     assert get_method("nonlinear", "released") is get_method("nonlinear")
+
+
+def test_l_lora_trains_in_the_model_s_order():
+    """Checkpoints and ranks count on it, and a set of names has another order in each process."""
+    model = tiny_clip().encoder
+    trained = (
+        get_method("l-lora", "released").prepare(Request(model, default_forward, 1.0, 0.0, Options(), None)).trained
+    )
+    base = [name for name in trained if not name.endswith(":]")]
+    assert len(base) > 6 and base == [name for name, _ in model.named_parameters() if name in base]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rank_cases
 import torch
 from conftest import interrupting
 from torch import nn
@@ -22,7 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from talos_fast import TalosError, calibrate, finetune
+from talos_fast import Mask, TalosError, calibrate, finetune
 from talos_fast.checkpoint import Checkpoint, remove
 
 
@@ -235,3 +236,15 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").touch()
     remove(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("method", ["nonlinear", "talos"])
+def test_resumes_under_the_mask_of_a_file_and_in_the_layout_of_the_parameters(method, tmp_path):
+    """A file has its tensors in alphabetical order and contiguous; the network has a channels_last convolution."""
+    rank_cases.mask().save(tmp_path / "mask.safetensors")
+    straight = rank_cases.run(method, rank_cases.batches()).to_dense()
+    again = {"mask": Mask.load(tmp_path / "mask.safetensors")} if method == "talos" else {}
+    with pytest.raises(KeyboardInterrupt):
+        rank_cases.run(method, rank_cases.batches(), forward=interrupting(4), checkpoint_dir=tmp_path)
+    resumed = rank_cases.run(method, rank_cases.batches(), checkpoint_dir=tmp_path, **again).to_dense()
+    assert all(torch.equal(resumed[name], change) for name, change in straight.items())

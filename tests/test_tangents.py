@@ -14,6 +14,7 @@ from talos_fast.errors import TalosError
 from talos_fast.forward import default_forward
 from talos_fast.linear import Linearized
 from talos_fast.tangents import LowRank, Tangents
+from talos_fast.task_vector import TaskVector
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 NEAR = {"rtol": 1e-8, "atol": 1e-10}
@@ -192,6 +193,24 @@ def test_products_may_be_given_their_arguments_by_name():
         torch.testing.assert_close(found, torch.func.jvp(product, (w,), (t,)), **EXACT)
 
 
+def test_a_layer_norm_in_bfloat16_is_derived_in_float32():
+    x, t = (50 + torch.randn(4, 64)).bfloat16(), torch.randn(4, 64).bfloat16()
+    norm = lambda x: F.layer_norm(x, (64,))  # noqa: E731
+    with Tangents({}):
+        _, found = torch.func.jvp(norm, (x,), (t,))
+    _, expected = torch.func.jvp(norm, (x.double(),), (t.double(),))
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_bias_of_a_convolution_has_its_tangent():
+    x, w, b, t = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 5, 4), (4, 3, 2, 2), (4,), (4,)))
+    convolve = lambda b: F.conv2d(x, w, b, stride=(1, 1))  # noqa: E731
+    with Tangents({}):
+        found = torch.func.jvp(convolve, (b,), (t,))
+    torch.testing.assert_close(found, torch.func.jvp(convolve, (b,), (t,)), **EXACT)
+
+
 def test_a_learned_mask_has_its_tangent():
     q, k, v = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(3))
     mask, dmask = (torch.randn(3, 3, dtype=torch.float64) for _ in range(2))
@@ -224,6 +243,23 @@ def test_factors_are_the_dense_direction(kind, tmp_path):
     torch.testing.assert_close(results[0], results[1], **({"rtol": 1e-4, "atol": 1e-5} if kind == "t5" else NEAR))
 
 
+def test_a_model_inside_may_be_cast_by_itself():
+    model, tuned, x = nn.Linear(3, 2), nn.Linear(3, 2), torch.randn(4, 3)
+    line = Linearized.along(model, TaskVector(model, tuned))
+    expected = line(x)
+    with torch.inference_mode():
+        assert torch.equal(line(x), expected)
+    model.eval()
+    line(x)
+    assert not model.training, "as it was"
+    model.double()
+    torch.testing.assert_close(line(x.double()).float(), expected)
+    line.revert()
+    assert torch.equal(line(x.double()), model(x.double()))
+    with pytest.raises(TalosError, match="must be a finite number"):
+        line.move(float("nan"))
+
+
 def test_the_model_is_as_before_even_after_an_error():
     class Failing(nn.Module):
         def __init__(self) -> None:
@@ -246,7 +282,7 @@ def test_the_model_is_as_before_even_after_an_error():
 
 
 @pytest.mark.parametrize("count, moving", [(1, (0,)), (2, (0,)), (2, (0, 1)), (3, (0,)), (3, (0, 1)), (3, (1,)),
-                                           (3, (0, 1, 2))], ids=str)  # fmt: skip
+                                           (3, (2,)), (3, (0, 1, 2))], ids=str)  # fmt: skip
 def test_a_layer_norm_is_the_derivative_of_torch_s(count, moving):
     """Without weight and bias, with a weight alone, and with both."""
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from talos_fast.arguments import number
 from talos_fast.batch import Batch
 from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
@@ -87,13 +88,14 @@ def rank_and_alpha(options: Options) -> tuple[int, float]:
     """r and lora_alpha, or their defaults.
 
     Raises:
-        TalosError: one that is not positive, or a rank that is no integer.
+        TalosError: one that is not positive, a rank that is no integer, or a scale that is no finite number.
     """
     rank = RANK if options.rank is None else options.rank
     alpha = LORA_ALPHA if options.lora_alpha is None else options.lora_alpha
-    if not isinstance(rank, Integral) or rank < 1 or not alpha > 0:
-        raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive, the rank an integer")
-    return rank, alpha
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+    if not whole or rank < 1 or not 0 < number("lora_alpha", alpha) < math.inf:
+        raise TalosError(f"rank={rank}, lora_alpha={alpha}: both must be positive, the rank an integer, alpha finite")
+    return int(rank), float(alpha)
 
 
 def lora_adapters(model: nn.Module, rank: int) -> list[Adapter]:

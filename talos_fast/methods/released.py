@@ -111,7 +111,9 @@ def l_lora(request: Request) -> Setup:
         adapters = [replace(a, a=a.a * math.sqrt(a.a.shape[1] * 6 / (rank + a.a.shape[1])) / 4) for a in adapters]
     scale = alpha if vision else alpha / rank
     parameters = dict(request.model.named_parameters())
-    base = {name: parameters[name] for name in _attention(parameters, ATTENTION if vision else ADAPTED, biases=vision)}
+    thawed = {name: p for name, p in parameters.items() if p.requires_grad}
+    attention = _attention(thawed, ATTENTION if vision else ADAPTED, biases=vision)
+    base = {name: p for name, p in thawed.items() if name in attention}  # each process has a set in an order of its own
     for name, p in parameters.items():
         p.requires_grad_(name in base)
     origin = snapshot(base)

@@ -90,12 +90,10 @@ class ImagePreprocess:
         target = (int(self.size[0] / crop), int(self.size[1] / crop))
         if self.resize_mode == "squash":
             return target
-        ratio = max(target[0] / height, target[1] / width)
-        # The side that decides is hit exactly; the other is cut off, as torchvision does.
-        return (
-            target[0] if target[0] / height == ratio else int(height * ratio),
-            target[1] if target[1] / width == ratio else int(width * ratio),
-        )
+        # The side that decides is hit exactly; the other is cut off, as torchvision does, from the exact quotient.
+        if target[0] * width >= target[1] * height:
+            return target[0], target[0] * width // height
+        return target[1] * height // width, target[1]
 
 
 def read_image(path: Path) -> npt.NDArray[np.uint8]:

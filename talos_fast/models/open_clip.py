@@ -55,12 +55,12 @@ class OpenClipBackbone(Backbone):
         self._check_modality(task.modality)
         templates = task.templates or open_clip.OPENAI_IMAGENET_TEMPLATES
         warn_of_twins(task, self.tokenizer(list(task.class_names)), self.name)
-        # The text tower stays where it was loaded, even if a classifier moved the visual one.
+        # The text tower stays where it was loaded, even if a classifier moved or cast the visual one.
         scale = self.model.logit_scale.detach()
         weight = open_clip.build_zero_shot_classifier(
             self.model, self.tokenizer, task.class_names, templates, device=scale.device
         )
-        head = CosineHead(weight.T, float(scale.exp())).to(self._device())
+        head = CosineHead(weight.T, float(scale.exp())).to(next(self.encoder.parameters()))
         return Classifier(self.encoder, head).eval()
 
 
