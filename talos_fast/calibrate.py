@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from talos_fast.batch import Batches
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Forward, default_forward
-from talos_fast.interrupt import interruptible
+from talos_fast.interrupt import interruptible, uninterrupted
 from talos_fast.mask import Mask
 from talos_fast.modules import device_of, unwrapped
 from talos_fast.random_state import repeatable
@@ -135,7 +136,8 @@ def calibrate(
                 scores = _RoundScores(scorer, state, scores_device)
                 bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
                 samples = scorer.score(batches, scores.begin_batch, seed + number, ranks, bar=bar, stop=interrupted)
-                chosen, halves = scores.lowest(count, ranks)
+                with uninterrupted():  # by a program's own handler, amid sums for which the others would wait
+                    chosen, halves = scores.lowest(count, ranks)
                 logger.info("round %d of %d: %d of %d entries kept", number, rounds, count, total)
                 if number < rounds:
                     _damage(parameters, {name: old & ~chosen[name] for name, old in state.kept.items()}, damage)
@@ -180,13 +182,17 @@ class _RoundScores:
     def lowest(self, count: int, ranks: Ranks) -> tuple[Flags, list[Flags]]:
         """The next masks: the ``count`` lowest entries of all, and as large a part of the watched rows by each half."""
         batches = self._batches
-        ledger = self.begin_batch(batches)  # that never comes: ends the last one, and allocates on a rank without data
-        halves: list[Flags] = []
-        if self._halves is not None and ranks.most(batches) > 1:
-            for scores, kept in zip(self._halves.sums, self._state.halves, strict=True):
-                ranks.sum(scores.values())
-                halves.append(_lowest(scores, kept, max(1, round(count * _numel(kept) / _numel(self._state.kept)))))
+        # The batch that never comes: ends the last one, and allocates on a rank without data.
+        ledger = ranks.together(partial(self.begin_batch, batches))
+        followed = self._halves.sums if self._halves is not None and ranks.most(batches) > 1 else []
+        # All sums at once: where something failed between them, the others would wait in the next.
+        for scores in followed:
+            ranks.sum(scores.values())
         ranks.sum(accumulator.values for accumulator in ledger.values())
+        halves = [
+            _lowest(scores, kept, max(1, round(count * _numel(kept) / _numel(self._state.kept))))
+            for scores, kept in zip(followed, self._state.halves, strict=False)
+        ]
         scores = {name: accumulator.values for name, accumulator in ledger.items()}
         inside = {name: accumulator.wanted(self._state.kept[name]) for name, accumulator in ledger.items()}
         _check_zeros(scores, inside, count, self._state.round == 0)

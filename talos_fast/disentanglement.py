@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from talos_fast.edit import Edit, fitting
+from talos_fast.edit import Edit
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
-from talos_fast.linear import Linearized
+from talos_fast.linear import Linearized, dense_direction
 from talos_fast.modules import unwrapped
 from talos_fast.sparse_vector import common
 from talos_fast.task_vector import TaskVector
@@ -32,9 +32,7 @@ class _Plane:
             inner = unwrapped(base)
             self._parameters = dict(inner.named_parameters())
             self.model = Linearized(inner, self._tangents)
-            self._directions = [
-                {name: delta.dense() for name, delta in fitting(base, vector.deltas).items()} for vector in vectors
-            ]
+            self._directions = [dense_direction(inner, vector) for vector in vectors]
 
     def move(self, first: float, second: float) -> nn.Module:
         self._coefficients = (first, second)

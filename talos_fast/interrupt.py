@@ -4,8 +4,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 @contextmanager
@@ -51,19 +52,27 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     waiting: list[int] = []
-    with ExitStack() as stack:  # which goes on, last in first out, where one that is delivered raises
-        stack.callback(_deliver, waiting)
+    handlers: list[tuple[int, Any]] = []
+    try:
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
             if handler not in (None, signal.SIG_IGN):
-                stack.callback(signal.signal, number, handler)
+                handlers.append((number, handler))
                 signal.signal(number, lambda came, _: waiting.append(came))
         yield
+    finally:  # not an ExitStack: that cuts what a delivered one raises off from what was being handled
+        _hand_back(handlers, waiting)
 
 
-def _deliver(waiting: list[int]) -> None:
-    if waiting:
+def _hand_back(handlers: list[tuple[int, Any]], waiting: list[int]) -> None:
+    """Goes on, last in first out, where a signal that is delivered raises."""
+    if handlers:
+        try:
+            signal.signal(*handlers.pop())
+        finally:
+            _hand_back(handlers, waiting)
+    elif waiting:
         try:
             signal.raise_signal(waiting.pop(0))
         finally:
-            _deliver(waiting)
+            _hand_back(handlers, waiting)

@@ -35,6 +35,19 @@ class _Fixed:
         return self.directions
 
 
+def dense_direction(model: nn.Module, vector: TaskVector) -> dict[str, Tensor]:
+    """The change of each parameter, dense.
+
+    Raises:
+        TalosError: the vector does not fit the model, or moves a buffer.
+    """
+    parameters = dict(model.named_parameters())
+    deltas = fitting(model, vector.deltas)
+    if buffers := sorted(deltas.keys() - parameters.keys()):
+        raise TalosError(f"the vector moves the buffer {buffers[0]!r}, by which a linearized model has no derivative")
+    return {name: delta.dense().to(parameters[name]) for name, delta in deltas.items()}
+
+
 class Linearized(nn.Module):
     """f_lin(x) = f(x, θ0) + α J_θ f(x, θ0) τ of a model f (Ortiz-Jimenez et al. 2023, Eq. 3), as a module.
 
@@ -75,10 +88,7 @@ class Linearized(nn.Module):
             TalosError: the vector names or shapes do not fit the model.
         """
         model = unwrapped(model)
-        parameters = dict(model.named_parameters())
-        deltas = fitting(model, vector.deltas)
-        tangents = {name: delta.dense().to(parameters[name]) for name, delta in deltas.items()}
-        return cls(model, _Fixed(tangents))
+        return cls(model, _Fixed(dense_direction(model, vector)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of any module; a fixed direction is cast and moved with the model."""

@@ -83,6 +83,7 @@ def directional_derivative(model: nn.Module, vector: TaskVector, batch: Batch, f
 
     Buffers that the vector moves are no part of θ.
     """
+    model = unwrapped(model)
     origin = {name: p.detach() for name, p in model.named_parameters()}
     deltas = fitting(model, vector.deltas)
     tangents = {name: delta.dense().to(origin[name]) for name, delta in deltas.items() if name in origin}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from talos_fast.errors import TalosError
+from talos_fast.interrupt import uninterrupted
 from talos_fast.writing import dumps
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ class Ranks:
         """What fails or is interrupted in here on one rank ends all of them, instead of letting the others wait.
 
         They hear of it in their next exchange of numbers, whichever that is: so what is exchanged in here begins with
-        one. It may be nested.
+        one. It may be nested. Only what fails amid a sum, for want of memory, leaves them waiting for their timeout.
 
         Raises:
             TalosError: another rank failed.
@@ -117,8 +118,9 @@ class Ranks:
         except BaseException as error:  # SystemExit too
             self._inside = False
             if not self._is_known(error, earlier):
-                self._exchange(0, INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
-                self._make_known(error)
+                with uninterrupted():  # a signal that came while it waited for the others finds the error known
+                    self._exchange(0, INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+                    self._make_known(error)
             raise
         self._inside = False
         self._exchange(0)
@@ -136,14 +138,15 @@ class Ranks:
         """A number of every rank; raises where another, but not this one, has failed or was interrupted."""
         if not self._grouped:
             return [number]
-        mine = torch.tensor([number, state], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        found = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(found, mine)
-        numbers, states = zip(*torch.stack(found).tolist(), strict=True)
-        if not state and FAILED in states:
-            raise self._make_known(TalosError("another rank failed; its own message says why"))
-        if not state and INTERRUPTED in states:
-            raise self._make_known(KeyboardInterrupt())
+        with uninterrupted():  # what came from the others is heard before a signal that came while it waited for them
+            mine = torch.tensor([number, state], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            found = [torch.empty_like(mine) for _ in range(self.world)]
+            dist.all_gather(found, mine)
+            numbers, states = zip(*torch.stack(found).tolist(), strict=True)
+            if not state and FAILED in states:
+                raise self._make_known(TalosError("another rank failed; its own message says why"))
+            if not state and INTERRUPTED in states:
+                raise self._make_known(KeyboardInterrupt())
         return list(numbers)
 
     def _make_known(self, error: E) -> E:
@@ -153,9 +156,11 @@ class Ranks:
 
     def _is_known(self, error: BaseException | None, earlier: BaseException | None) -> bool:
         """Whether it is, or what was being handled when it was raised, back to what had been raised earlier."""
-        if error is None or error is earlier:
-            return False
-        return error.__dict__.get("_known_to") is self or self._is_known(error.__context__, earlier)
+        while error is not None:
+            if error.__dict__.get("_known_to") is self:
+                return True
+            error = None if error is earlier or error.__context__ is earlier else error.__context__
+        return False
 
     def _reduce(self, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
         if not self._grouped:

@@ -14,6 +14,7 @@ from talos_fast.batch import Batch, differentiable, to_device
 from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
 from talos_fast.forward import check_facts, logits_facts, logits_of
+from talos_fast.interrupt import uninterrupted
 from talos_fast.methods import Setup
 from talos_fast.optim.compact_gradient import CompactGradient
 from talos_fast.ranks import Ranks
@@ -130,14 +131,17 @@ class Step:
         """
         if ranks.world == 1:
             return
-        # Sparse ones are refused by the optimizer.
-        gradients = {n: p.grad for n, p in self._setup.trained.items() if p.grad is not None and not p.grad.is_sparse}
-        if not ranks.same(list(gradients)):
-            raise TalosError(
-                f"{where}: not the same parameters have gradients on all ranks; each must use the same in its forward"
-            )
-        ranks.average(grad.values if isinstance(grad, CompactGradient) else grad for grad in gradients.values())
-        ranks.maximum(self.watch.found_inf)
+        with uninterrupted():  # by a program's own handler: the others would wait for the rest
+            # Sparse ones are refused by the optimizer.
+            found = {name: p.grad for name, p in self._setup.trained.items()}
+            gradients = {name: grad for name, grad in found.items() if grad is not None and not grad.is_sparse}
+            if not ranks.same(list(gradients)):
+                raise TalosError(
+                    f"{where}: not the same parameters have gradients on all ranks; each must use the same in its "
+                    "forward"
+                )
+            ranks.average(grad.values if isinstance(grad, CompactGradient) else grad for grad in gradients.values())
+            ranks.maximum(self.watch.found_inf)
 
         def check(found: list[float]) -> None:
             if found[0]:

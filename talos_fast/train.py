@@ -134,13 +134,14 @@ class Trainer:
         resumed, saved = self._ranks.together(self._resume)
         step = self._progress.position.step
         self._ranks.require_shared(self._checkpoint.path if self._checkpoint else None, step)
-        if saved is not None:  # only now: what one rank refuses, none takes up
-            saved.restore(self._setup.trained, self._setup.optimizer)
-        if step >= self._recipe.steps:
-            return
         with interruptible(self._ranks.may_leave) as interrupted:
+            if saved is not None:  # only now: what one rank refuses, none takes up
+                self._ranks.together(partial(saved.restore, self._setup.trained, self._setup.optimizer))
+            if step >= self._recipe.steps:
+                return
             try:
-                self._loop(resumed, interrupted, progress)
+                with self._ranks.as_one():  # before it saves: what failed here the others hear in a step of theirs
+                    self._loop(resumed, interrupted, progress)
             finally:
                 # Parameters and moments change only inside a step, so this is the last good state, come what may.
                 self._save()

@@ -328,3 +328,23 @@ def test_vectors_of_a_linearized_model_are_measured_as_directions():
     for mixed in (lambda v: talos.interference(v), lambda v: talos.merging.consensus(v), lambda v: v[0] + v[1]):
         with pytest.raises(TalosError, match="of a linearized model and the other is not"):
             mixed([plain[0], lines[1]])
+
+
+def test_a_derivative_is_one_of_parameters_inside_of_wrappers():
+    base, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval(), torch.randn(8, 3)
+    tuned = copy.deepcopy(base)
+    tuned[0].bias.data += 1.0
+    vector, batch = TaskVector(base, tuned), (x, torch.zeros(8).long())
+    slopes = [directional_derivative(model, vector, batch, default_forward) for model in (base, nn.DataParallel(base))]
+    assert torch.equal(*slopes) and slopes[0].any()
+    tuned[1].running_mean += 1.0
+    both = TaskVector(base, tuned)
+    assert torch.equal(directional_derivative(base, both, batch, default_forward), slopes[0])
+    line = TaskVector.from_deltas(both.deltas, base=both.base, info={"linearized": True})
+    looks = (
+        lambda: talos.merge(base, [line], alpha=1.0),
+        lambda: disentanglement_error(base, (line, line), (len, len)),
+    )
+    for look in looks:
+        with pytest.raises(TalosError, match="moves the buffer '1.running_mean', by which a linearized model has no"):
+            look()

@@ -358,6 +358,8 @@ def test_sources_are_those_of_the_commands(tmp_path):
     found = tasks.load(f"hub:{root}", name="mine", class_names=["hound", "tabby"], templates=["a {}"], seed=1)
     assert (found.name, found.class_names, found.templates) == ("mine", ("hound", "tabby"), ("a {}",))
     assert found.validation.labels.tolist() == tasks.from_hub(root, seed=1).validation.labels.tolist()
+    with pytest.raises(TalosError, match="hub:: give hub:NAME@REVISION or hub:FOLDER"):
+        tasks.load("hub:")
     with pytest.raises(TalosError, match="demo:none: the embedded tasks are digits, surfaces"):
         tasks.load("demo:none")
     with pytest.raises(TalosError, match="demo:digits has its own name, class names and templates; leave these out"):

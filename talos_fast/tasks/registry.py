@@ -35,6 +35,8 @@ def load(
     kind, _, rest = str(source).partition(":")
     if kind == "hub":
         place, _, revision = rest.partition("@")
+        if not place:
+            raise TalosError(f"{source}: give hub:NAME@REVISION or hub:FOLDER")
         return from_hub(
             place, revision=revision or None, name=name, class_names=class_names, templates=templates or (), seed=seed
         )
