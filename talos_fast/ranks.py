@@ -54,7 +54,7 @@ class Ranks:
             self.sum(tensor.div_(self.world) for tensor in tensors)  # divided first: a sum of fp16 would overflow
 
     def maximum(self, tensor: Tensor) -> None:
-        """Takes the largest over the ranks, entry by entry, in place; the host does not wait for a GPU."""
+        """Takes the largest over the ranks, entry by entry, in place."""
         self._reduce(tensor, dist.ReduceOp.MAX)
 
     def total(self, count: int) -> int:

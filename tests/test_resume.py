@@ -238,7 +238,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("method", ["nonlinear", "talos"])
+@pytest.mark.parametrize("method", ["nonlinear", "linearized", "lota", "talos"])
 def test_resumes_under_the_mask_of_a_file_and_in_the_layout_of_the_parameters(method, tmp_path):
     """A file has its tensors in alphabetical order and contiguous; the network has a channels_last convolution."""
     rank_cases.mask().save(tmp_path / "mask.safetensors")
