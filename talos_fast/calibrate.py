@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from talos_fast.batch import Batches
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import digest, fingerprint
 from talos_fast.forward import Forward, default_forward
-from talos_fast.interrupt import interruptible, uninterrupted
+from talos_fast.interrupt import interruptible
 from talos_fast.mask import Mask
 from talos_fast.modules import device_of, unwrapped
 from talos_fast.random_state import repeatable
@@ -111,7 +110,7 @@ def calibrate(
         scorer = Scorer(model, parameters, forward or default_forward, estimator, samples_per_input, precision)
         total = sum(p.numel() for p in parameters.values())
         one_pass = isinstance(batches, Iterator) and (rounds > 1 or checkpoint_dir is not None)
-        batches = ranks.together(lambda: list(batches) if one_pass else batches)  # every round reads them again
+        batches = list(batches) if one_pass else batches  # every round reads them again
         base = fingerprint(model)
         recipe: dict[str, Any] = {
             "selection": "talos", "density": fraction, "estimator": estimator, "rounds": rounds, "damage": damage,
@@ -123,7 +122,7 @@ def calibrate(
         with (
             repeatable(batches, seed, device_of(model)) as batches,
             restoring_parameters(moved),
-            interruptible(ranks.may_leave) as interrupted,
+            interruptible() as interrupted,
         ):
             if checkpoint_dir is not None:
                 identity["data"] = data_digest(batches, ranks)
@@ -136,8 +135,7 @@ def calibrate(
                 scores = _RoundScores(scorer, state, scores_device)
                 bar = progress_bar(progress, ranks, f"calibrate, round {number} of {rounds}")
                 samples = scorer.score(batches, scores.begin_batch, seed + number, ranks, bar=bar, stop=interrupted)
-                with uninterrupted():  # by a program's own handler, amid sums for which the others would wait
-                    chosen, halves = scores.lowest(count, ranks)
+                chosen, halves = scores.lowest(count, ranks)
                 logger.info("round %d of %d: %d of %d entries kept", number, rounds, count, total)
                 if number < rounds:
                     _damage(parameters, {name: old & ~chosen[name] for name, old in state.kept.items()}, damage)
@@ -183,9 +181,8 @@ class _RoundScores:
         """The next masks: the ``count`` lowest entries of all, and as large a part of the watched rows by each half."""
         batches = self._batches
         # The batch that never comes: ends the last one, and allocates on a rank without data.
-        ledger = ranks.together(partial(self.begin_batch, batches))
+        ledger = self.begin_batch(batches)
         followed = self._halves.sums if self._halves is not None and ranks.most(batches) > 1 else []
-        # All sums at once: where something failed between them, the others would wait in the next.
         for scores in followed:
             ranks.sum(scores.values())
         ranks.sum(accumulator.values for accumulator in ledger.values())

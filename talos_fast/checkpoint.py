@@ -1,6 +1,5 @@
 """A run that can be taken up again, one safetensors file: trained parameters, optimizer, position and random state."""
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -13,8 +12,6 @@ from torch.optim import Optimizer
 
 from talos_fast import storage
 from talos_fast.ranks import Ranks
-
-logger = logging.getLogger("talos_fast")
 
 FILE = "checkpoint.safetensors"
 FIRST = "first"
@@ -100,12 +97,10 @@ class Checkpoint:
         Raises:
             TalosError: the folder cannot be written; the old checkpoint is untouched.
         """
-        if not self._ranks.agree(progress.position.step):
-            logger.warning("no checkpoint: the ranks have not come equally far, since a step failed on one of them")
-        elif progress.position.step:
+        if progress.position.step:
             all_progress = self._ranks.gathered(replace(progress, loss=progress.loss.cpu()))
-            first = self._ranks.rank == 0
-            self._ranks.together(lambda: self._write(trained, optimizer, all_progress) if first else None)
+            if self._ranks.rank == 0:
+                self._write(trained, optimizer, all_progress)
 
     def _write(self, trained: Mapping[str, Tensor], optimizer: Optimizer, all_progress: list[Progress]) -> None:
         tensors = {f"parameter.{name}": p.detach().cpu() for name, p in trained.items()}

@@ -10,8 +10,8 @@ from typing import Any
 
 
 @contextmanager
-def interruptible(at_once: Callable[[], bool] = lambda: True) -> Iterator[Callable[[], bool]]:
-    """Turns the first signal into a flag, so that what is running completes; a second one interrupts ``at_once``.
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first signal into a flag, so that what is running completes; a second one interrupts at once.
 
     One that came too late to stop anything interrupts at the end. SIGTERM is left to a program that handles it itself.
 
@@ -25,7 +25,7 @@ def interruptible(at_once: Callable[[], bool] = lambda: True) -> Iterator[Callab
         if os.getpid() != owner:  # a process that was forked meanwhile
             signal.signal(number, previous[signal.Signals(number)])
             signal.raise_signal(number)
-        elif pressed and at_once():
+        elif pressed:
             raise KeyboardInterrupt
         pressed = True
 

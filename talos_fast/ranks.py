@@ -1,8 +1,7 @@
 """Working over the ranks of torch.distributed: each brings its own batches, all get the same sums and means."""
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,6 @@ from talos_fast.interrupt import uninterrupted
 from talos_fast.writing import dumps
 
 T = TypeVar("T")
-E = TypeVar("E", bound=BaseException)
 
 INTERRUPTED, FAILED = 1, 2
 
@@ -27,6 +25,10 @@ MESSAGE_BYTES = 2**25
 class Ranks:
     """The default process group, or one rank alone where there is none.
 
+    Whatever ranks do together begins with an exchange of how each of them fares, and no signal comes in between: so a
+    rank that has failed may leave wherever it is, and the others hear of it instead of waiting. What fails amid a sum,
+    for want of memory, still leaves them waiting for their timeout.
+
     Attributes:
         rank: of this process.
         world: number of ranks.
@@ -36,26 +38,44 @@ class Ranks:
         self._grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self._grouped else 0
         self.world = dist.get_world_size() if self._grouped else 1
-        self._inside = False
+        self._parted = False
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """What fails or is interrupted in here on one rank ends all of them; once only, not to be nested.
+
+        Raises:
+            TalosError: another rank failed.
+            KeyboardInterrupt: another rank was interrupted.
+        """
+        try:
+            yield
+            with uninterrupted():
+                self._exchange(0)
+                self._parted = True
+        except BaseException as error:  # SystemExit too
+            with uninterrupted():
+                if not self._parted:
+                    self._exchange(0, INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+            raise
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Sums every tensor over the ranks, in place; all ranks get the same bits."""
-        for group in _messages(tensors) if self._grouped else ():
-            if len(group) == 1 and group[0].is_contiguous():
-                self._reduce(group[0], dist.ReduceOp.SUM)
-                continue
-            flat = self._reduce(torch.cat([tensor.flatten() for tensor in group]), dist.ReduceOp.SUM)
-            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        if not self._grouped:
+            return
+        with self._in_step():
+            for group in _messages(tensors):
+                if len(group) == 1 and group[0].is_contiguous():
+                    self._reduce(group[0])
+                    continue
+                flat = self._reduce(torch.cat([tensor.flatten() for tensor in group]))
+                for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Averages every tensor over the ranks, in place; all ranks get the same bits."""
         if self._grouped:
-            self.sum(tensor.div_(self.world) for tensor in tensors)  # divided first: a sum of fp16 would overflow
-
-    def maximum(self, tensor: Tensor) -> None:
-        """Takes the largest over the ranks, entry by entry, in place."""
-        self._reduce(tensor, dist.ReduceOp.MAX)
+            self.sum([tensor.div_(self.world) for tensor in tensors])  # divided first: a sum of fp16 would overflow
 
     def total(self, count: int) -> int:
         """The sum of a count over the ranks."""
@@ -98,41 +118,16 @@ class Ranks:
         if not self._grouped:
             return [mine]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, mine)
+        with self._in_step():
+            dist.all_gather_object(found, mine)
         return found
 
     @contextmanager
-    def as_one(self) -> Iterator[None]:
-        """What fails or is interrupted in here on one rank ends all of them, instead of letting the others wait.
-
-        They hear of it in their next exchange of numbers, whichever that is: so what is exchanged in here begins with
-        one. It may be nested. Only what fails amid a sum, for want of memory, leaves them waiting for their timeout.
-
-        Raises:
-            TalosError: another rank failed.
-            KeyboardInterrupt: another rank was interrupted.
-        """
-        self._inside, earlier = True, sys.exception()
-        try:
+    def _in_step(self) -> Iterator[None]:
+        """Until what all ranks do in here is done, none of them leaves."""
+        with uninterrupted():
+            self._exchange(0)
             yield
-        except BaseException as error:  # SystemExit too
-            self._inside = False
-            if not self._is_known(error, earlier):
-                with uninterrupted():  # a signal that came while it waited for the others finds the error known
-                    self._exchange(0, INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
-                    self._make_known(error)
-            raise
-        self._inside = False
-        self._exchange(0)
-
-    def together(self, run: Callable[[], T]) -> T:
-        """Runs on every rank `as_one`, and gives what it gave here."""
-        with self.as_one():
-            return run()
-
-    def may_leave(self) -> bool:
-        """Whether this rank may be interrupted where it is: in the middle of an exchange the others would wait."""
-        return self._inside or not self._grouped
 
     def _exchange(self, number: int, state: int = 0) -> list[int]:
         """A number of every rank; raises where another, but not this one, has failed or was interrupted."""
@@ -143,31 +138,17 @@ class Ranks:
             found = [torch.empty_like(mine) for _ in range(self.world)]
             dist.all_gather(found, mine)
             numbers, states = zip(*torch.stack(found).tolist(), strict=True)
+            self._parted = any(states)
             if not state and FAILED in states:
-                raise self._make_known(TalosError("another rank failed; its own message says why"))
+                raise TalosError("another rank failed; its own message says why")
             if not state and INTERRUPTED in states:
-                raise self._make_known(KeyboardInterrupt())
+                raise KeyboardInterrupt
         return list(numbers)
 
-    def _make_known(self, error: E) -> E:
-        """Marks an error with which all ranks end: nobody is told again."""
-        error.__dict__["_known_to"] = self
-        return error
-
-    def _is_known(self, error: BaseException | None, earlier: BaseException | None) -> bool:
-        """Whether it is, or what was being handled when it was raised, back to what had been raised earlier."""
-        while error is not None:
-            if error.__dict__.get("_known_to") is self:
-                return True
-            error = None if error is earlier or error.__context__ is earlier else error.__context__
-        return False
-
-    def _reduce(self, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
-        if not self._grouped:
-            return tensor
+    def _reduce(self, tensor: Tensor) -> Tensor:
         # NCCL reduces on the GPU only.
         here = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
-        dist.all_reduce(here, operation)
+        dist.all_reduce(here)
         return tensor if here is tensor else tensor.copy_(here)
 
 

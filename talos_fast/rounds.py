@@ -79,12 +79,9 @@ def data_digest(batches: Batches, ranks: Ranks) -> str:
     Where two reads differ (augmentation without a seed) the first batch says nothing of the data: the digest is that of
     no batch, so that such a run is only taken up with batches that vary too, whichever they are.
     """
-
-    def look() -> int:
-        once, again = ([batch_digest(batch) for batch in islice(batches, 1)] for _ in range(2))
-        return int(once[0][:12], 16) if once == again != [] else 0  # so short that sums stay within int64
-
-    return f"{ranks.total(ranks.together(look)):x}"
+    once, again = ([batch_digest(batch) for batch in islice(batches, 1)] for _ in range(2))
+    mine = int(once[0][:12], 16) if once == again != [] else 0  # so short that sums stay within int64
+    return f"{ranks.total(mine):x}"
 
 
 class RoundFile:
@@ -102,10 +99,7 @@ class RoundFile:
 
     def save(self, state: Survivors, ranks: Ranks) -> None:
         """Writes it, atomically, on the first rank."""
-        ranks.together(lambda: self._write(state) if ranks.rank == 0 else None)
-
-    def _write(self, state: Survivors) -> None:
-        if self.path is not None:
+        if self.path is not None and ranks.rank == 0:
             parts = [state.kept, *state.halves]
             masks = {f"{part}:{name}": tensor for part, mask in enumerate(parts) for name, tensor in mask.items()}
             progress = {name: getattr(state, name) for name in ("round", "seconds", "samples")}
@@ -119,7 +113,7 @@ class RoundFile:
                 files.
         """
         there = self.path is not None and self._resume and self.path.exists()
-        found = ranks.together(lambda: self._read(parameters) if there else None)
+        found = self._read(parameters) if there else None
         ranks.require_shared(self.path, found.round if found else 0)
         return found
 

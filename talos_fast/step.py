@@ -14,7 +14,6 @@ from talos_fast.batch import Batch, differentiable, to_device
 from talos_fast.cast_once import CastOnce
 from talos_fast.errors import TalosError
 from talos_fast.forward import check_facts, logits_facts, logits_of
-from talos_fast.interrupt import uninterrupted
 from talos_fast.methods import Setup
 from talos_fast.optim.compact_gradient import CompactGradient
 from talos_fast.ranks import Ranks
@@ -131,23 +130,23 @@ class Step:
         """
         if ranks.world == 1:
             return
-        with uninterrupted():  # by a program's own handler: the others would wait for the rest
-            # Sparse ones are refused by the optimizer.
-            found = {name: p.grad for name, p in self._setup.trained.items()}
-            gradients = {name: grad for name, grad in found.items() if grad is not None and not grad.is_sparse}
-            if not ranks.same(list(gradients)):
-                raise TalosError(
-                    f"{where}: not the same parameters have gradients on all ranks; each must use the same in its "
-                    "forward"
-                )
-            ranks.average(grad.values if isinstance(grad, CompactGradient) else grad for grad in gradients.values())
-            ranks.maximum(self.watch.found_inf)
+        # Sparse ones are refused by the optimizer.
+        found = {name: p.grad for name, p in self._setup.trained.items()}
+        gradients = {name: grad for name, grad in found.items() if grad is not None and not grad.is_sparse}
+        if not ranks.same(list(gradients)):
+            raise TalosError(
+                f"{where}: not the same parameters have gradients on all ranks; each must use the same in its forward"
+            )
+        bad = self.watch.found_inf
+        values = [grad.values if isinstance(grad, CompactGradient) else grad for grad in gradients.values()]
+        ranks.average([*values, bad])
+        bad.copy_(bad > 0)
 
         def check(found: list[float]) -> None:
             if found[0]:
                 raise TalosError(f"{where}: the batch of another rank is bad, and the step was not taken")
 
-        self.watch.note(self.watch.found_inf.reshape(1).clone(), self.watch.found_inf, check)
+        self.watch.note(bad.reshape(1).clone(), bad, check)
 
     def clip(self, where: str, then: Callable[[], None] | None = None) -> None:
         """Brings the norm of all gradients below the limit; ``then`` is called when the step is known to be good."""

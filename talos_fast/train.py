@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Literal
 
@@ -131,42 +130,45 @@ class Trainer:
                 self._random.set(before)
 
     def _run(self, progress: bool) -> None:
-        resumed, saved = self._ranks.together(self._resume)
+        resumed, saved = self._resume()
         step = self._progress.position.step
         self._ranks.require_shared(self._checkpoint.path if self._checkpoint else None, step)
-        with interruptible(self._ranks.may_leave) as interrupted:
+        with interruptible() as interrupted:
             if saved is not None:  # only now: what one rank refuses, none takes up
-                self._ranks.together(partial(saved.restore, self._setup.trained, self._setup.optimizer))
+                saved.restore(self._setup.trained, self._setup.optimizer)
             if step >= self._recipe.steps:
                 return
             try:
-                with self._ranks.as_one():  # before it saves: what failed here the others hear in a step of theirs
-                    self._loop(resumed, interrupted, progress)
-            finally:
+                complete = self._loop(resumed, interrupted, progress)
+            except BaseException:
                 # Parameters and moments change only inside a step, so this is the last good state, come what may.
-                self._save()
+                if self._ranks.world == 1:  # several may not have come equally far
+                    self._save()
+                raise
+            self._save()
+            if not complete:
+                raise KeyboardInterrupt
 
-    def _loop(self, resumed: Iterator[Batch] | None, interrupted: Callable[[], bool], progress: bool) -> None:
-        done, last_save = self._progress.position.step, time.monotonic()
-        ranks, stream = self._ranks, self._stream(resumed)
-        hidden = None if progress and ranks.rank == 0 else True
-        bar = tqdm(total=self._recipe.steps, initial=done, desc="train", disable=hidden, leave=False)
-        with bar:
-            while done < self._recipe.steps:
-                epoch, index = ranks.together(partial(self._backward, stream))
-                where, done = f"epoch {epoch}, batch {index}", done + 1
-                self._step.share(ranks, where)
-                ranks.together(partial(self._update, where, Position(done, epoch, index + 1)))
-                bar.update()
-                if done == self._recipe.steps:
-                    return
+    def _loop(self, resumed: Iterator[Batch] | None, interrupted: Callable[[], bool], progress: bool) -> bool:
+        """Whether all steps were taken: not if it was interrupted, on whichever rank."""
+        start, steps, last_save = self._progress.position.step, self._recipe.steps, time.monotonic()
+        stream = self._stream(resumed)
+        hidden = None if progress and self._ranks.rank == 0 else True
+        with tqdm(total=steps, initial=start, desc="train", disable=hidden, leave=False) as bar:
+            for done in range(start + 1, steps + 1):
                 due = 2 if interrupted() else int(time.monotonic() - last_save > SAVE_EVERY_SECONDS)
-                due = ranks.most(due)  # ranks stop, and save, after the same step
+                due = self._ranks.most(due)  # ranks stop, and save, before the same step
                 if due == 2:
-                    raise KeyboardInterrupt
+                    return False
                 if due:
                     self._save()
                     last_save = time.monotonic()
+                epoch, index = self._backward(stream)
+                where = f"epoch {epoch}, batch {index}"
+                self._step.share(self._ranks, where)
+                self._update(where, Position(done, epoch, index + 1))
+                bar.update()
+        return True
 
     def _backward(self, stream: Iterator[tuple[int, int, Batch]]) -> tuple[int, int]:
         """Adds up the gradients of a step; epoch and index of its last batch."""

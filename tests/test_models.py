@@ -148,6 +148,27 @@ def test_loader_order_and_limit(backbone):
     assert not torch.equal(*(b["labels"] if isinstance(b, dict) else b[1] for b in (first, second)))
 
 
+@pytest.mark.parametrize("total", [21, 22, 24, 26])
+def test_shares_of_a_batch(total):
+    """Three ranks have together what one has, but for what does not divide, in as many batches each."""
+    numbered = Split(np.zeros((total, 8, 8, 3), np.uint8), np.arange(total))
+
+    def batches(**share) -> list[list[int]]:
+        loader = tiny_timm().batches(numbered, batch_size=6, shuffle=True, seed=3, **share)
+        found = [labels.tolist() for _, labels in loader]
+        assert len(loader) == len(found)
+        return found
+
+    shares = [batches(rank=rank, world=3) for rank in range(3)]
+    whole = [batch[: len(batch) // 3 * 3] for batch in batches() if len(batch) >= 3]
+    dealt = [
+        [number for triple in zip(*parts, strict=True) for number in triple] for parts in zip(*shares, strict=True)
+    ]
+    assert dealt == whole
+    with pytest.raises(TalosError, match="batch_size: found 6, for 4 processes; give a multiple of 4"):
+        batches(rank=0, world=4)
+
+
 @pytest.mark.parametrize("argument", ["batch_size", "limit"])
 def test_loader_refuses_nothing(argument):
     with pytest.raises(TalosError, match=f"{argument}: found 0"):

@@ -1,5 +1,6 @@
 """Failures and signals where one rank waits for another, or between two exchanges: none is left waiting."""
 
+import itertools
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import pytest
 from rank_cases import Net, batches, interrupting, run
 from two_ranks import needs_gloo, on_two_ranks
 
-import talos_fast.train as training
+import talos_fast
 from talos_fast import TalosError, calibrate
 from talos_fast.checkpoint import Saved
 from talos_fast.ranks import Ranks
@@ -45,16 +46,60 @@ def restoring(rank: int, folder: Path) -> None:
         Saved.restore = whole
 
 
-def broken_bar(rank: int, folder: Path) -> None:
-    bar, counts = training.tqdm, iter(range(99))
+class Lines:
+    """Counts the lines of some files that are executed as one of several ranks; at one of them it acts."""
 
-    class Bar(bar):
-        def update(self, n=1):
-            if rank == 0 and next(counts) == 2:
-                raise BrokenPipeError
+    def __init__(self, files: tuple[str, ...], act=None, at: int | None = None) -> None:
+        self.files, self.act, self.at, self.count = files, act, at, 0
 
-    training.tqdm = Bar
-    meets(TalosError if rank else BrokenPipeError, lambda: run("nonlinear", batches(rank, 2), checkpoint_dir=folder))
+    def call(self, frame, event, arg):
+        return self.line if frame.f_code.co_filename.endswith(self.files) else None
+
+    def line(self, frame, event, arg):
+        self.count += event == "line"
+        if self.count == self.at:
+            self.at = None
+            self.act()
+        return self.line
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fail() -> None:
+    raise MemoryError
+
+
+WHOLE = tuple(str(path) for path in Path(talos_fast.__file__).parent.rglob("*.py"))
+WORK = tuple(f"talos_fast/{name}.py" for name in ("train", "step", "checkpoint", "rounds", "sensitivity/scorer"))
+
+
+def at_any_line(rank: int, folder: Path) -> None:
+    data = batches(rank, 2)[:2]
+    works = [
+        lambda place: run("talos", data, checkpoint_dir=place),
+        lambda place: calibrate(Net(), data, density=0.2, rounds=2, progress=False, checkpoint_dir=place),
+    ]
+    for (number, work), (act, files) in itertools.product(enumerate(works), ((interrupt, WHOLE), (fail, WORK))):
+        lines, endings = Lines(files), set()
+        sys.settrace(lines.call)
+        work(folder / f"{number} {act.__name__}")
+        sys.settrace(None)
+        _, count = Ranks().gathered(lines.count)
+        for at in range(count // 50, count, count // 25):
+            ending = None
+            try:
+                sys.settrace(Lines(files, act, at).call if rank else None)
+                work(folder / f"{number} {act.__name__} {at}")
+            except (TalosError, KeyboardInterrupt, MemoryError) as error:
+                ending = type(error)
+            finally:
+                sys.settrace(None)
+            theirs, mine = Ranks().gathered((at, ending))
+            assert theirs[0] == mine[0] == at  # in step
+            endings.add((theirs[1], mine[1]))
+        assert endings == {(KeyboardInterrupt, KeyboardInterrupt) if act is interrupt else (TalosError, MemoryError)}
 
 
 def late_notes(rank: int, folder: Path) -> None:
@@ -64,7 +109,7 @@ def late_notes(rank: int, folder: Path) -> None:
     bad = [(x * (float("nan") if rank and n == 2 else 1), y) for n, (x, y) in enumerate(batches(rank, 2))]
     with pytest.raises(TalosError, match="epoch 0, batch 2: the logits" if rank else "batch of another rank is bad"):
         run("talos", bad, checkpoint_dir=folder / "c")
-    assert Ranks().gathered(1) == [1, 1] and (folder / "c" / "checkpoint.safetensors").exists()
+    assert Ranks().gathered(1) == [1, 1]
 
 
 def pressed_while_waiting(rank: int, folder: Path) -> None:
@@ -87,10 +132,9 @@ def pressed_while_waiting(rank: int, folder: Path) -> None:
             return super().train(mode)
 
     fails = lambda model, batch: 1 // 0 if rank else model(batch[0])  # noqa: E731
-    expected = KeyboardInterrupt if rank else TalosError
     model = Modes().eval()
     model.armed = True
-    meets(expected, lambda: run("nonlinear", batches(rank, 2), model, forward=fails))
+    meets(KeyboardInterrupt, lambda: run("nonlinear", batches(rank, 2), model, forward=fails))
 
 
 def handled_before(rank: int, folder: Path) -> None:
@@ -138,7 +182,7 @@ def amid_sums(rank: int, folder: Path) -> None:
 @needs_gloo
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(
-    "work", [restoring, broken_bar, late_notes, pressed_while_waiting, handled_before, amid_sums],
+    "work", [restoring, at_any_line, late_notes, pressed_while_waiting, handled_before, amid_sums],
     ids=lambda work: work.__name__,
 )  # fmt: skip
 def test_nobody_waits(tmp_path, work):

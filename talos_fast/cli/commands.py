@@ -14,11 +14,13 @@ from talos_fast.checkpoint import remove
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
+from talos_fast.cli.processes import join
 from talos_fast.cli.profile import app as profile_app
 from talos_fast.cli.suite import app as suite_app
 from talos_fast.errors import needs
 from talos_fast.evaluate import evaluate_along
 from talos_fast.methods import METHODS, Compat
+from talos_fast.ranks import Ranks
 from talos_fast.restoring import restoring_parameters
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.uses import Precision
@@ -52,8 +54,12 @@ def _version(on: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
     """Task-localized sparse fine-tuning and task arithmetic."""
+    join(ctx)
 
 
 @app.command()
@@ -79,19 +85,27 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, metavar="<n>", help="Training inputs scored per round.")] = 512,
     batch_size: o.BatchSize = 32,
 ) -> None:
-    """Find the entries that a task is least sensitive to, and write them as a mask."""
+    """Find the entries that a task is least sensitive to, and write them as a mask.
+
+    Under torchrun the processes share each batch.
+    """
     writing.require_file(out, "--out")
     writing.require_folder(checkpoint_dir, "--checkpoint-dir")
     task, backbone, classifier = run.classifier(data, weights)
+    ranks = Ranks()
+    batches = backbone.batches(
+        task.train, batch_size=batch_size, seed=run.seed, limit=samples, rank=ranks.rank, world=ranks.world
+    )
     with o.resumable(checkpoint_dir):
         mask = talos.calibrate(
-            classifier, backbone.batches(task.train, batch_size=batch_size, seed=run.seed, limit=samples),
-            density=density, sparsity=sparsity, estimator=estimator, rounds=rounds, damage=damage,
+            classifier, batches, density=density, sparsity=sparsity, estimator=estimator, rounds=rounds, damage=damage,
             samples_per_input=samples_per_input, include=include, exclude=exclude, precision=precision,
             scores_device=scores_device, stability=stability, checkpoint_dir=checkpoint_dir, resume=resume,
             seed=run.seed, progress=not run.quiet,
         )  # fmt: skip
-    mask.info |= {**run.source(weights), "task": task.name, "samples": min(samples, len(task.train))}
+    if ranks.rank > 0:
+        return
+    mask.info |= {**run.source(weights), "task": task.name}
     mask.save(out)
     typer.echo(f"{out}: {mask}")
 
@@ -128,7 +142,10 @@ def finetune(
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint that is there.")] = True,
     batch_size: o.BatchSize = 128,
 ) -> None:
-    """Fine-tune on a task, and write the task vector. Interrupted, the same command goes on."""
+    """Fine-tune on a task, and write the task vector. Interrupted, the same command goes on.
+
+    Under torchrun the processes share each batch.
+    """
     writing.require_folder(out, "--out")
     require_free(out)
     checkpoint = checkpoint_dir or out / "checkpoint"
@@ -137,7 +154,10 @@ def finetune(
     selected = None if mask is None else talos.Mask.load(mask)
     full = None if finetuned is None else o.load_vector(finetuned)
     task, backbone, classifier = run.classifier(data, weights)
-    batches = backbone.batches(task.train, batch_size=batch_size, shuffle=True, seed=run.seed)
+    ranks = Ranks()
+    batches = backbone.batches(
+        task.train, batch_size=batch_size, shuffle=True, seed=run.seed, rank=ranks.rank, world=ranks.world
+    )
     with o.resumable(checkpoint), restoring_parameters(dict(classifier.named_parameters())):
         vector = talos.finetune(
             classifier, batches, method=method, mask=selected, density=density, finetuned=full, rank=rank,
@@ -145,6 +165,8 @@ def finetune(
             warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, compile=compile,
             checkpoint_dir=checkpoint, resume=resume, seed=run.seed, progress=not run.quiet,
         )  # fmt: skip
+    if ranks.rank > 0:
+        return
     vector.info |= {**run.source(weights), "task": task.name, "batch_size": batch_size}
     vector.save_pretrained(out)
     if checkpoint_dir is None:

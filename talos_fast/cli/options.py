@@ -19,6 +19,7 @@ from talos_fast.arguments import checked_seed
 from talos_fast.errors import TalosError, brief
 from talos_fast.fingerprint import read_checkpoint
 from talos_fast.models import Backbone, Classifier
+from talos_fast.ranks import Ranks
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
 from talos_fast.tasks import load as load_task
@@ -172,7 +173,8 @@ def resumable(place: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         hint = f"the same command goes on from {place}" if place else "--checkpoint-dir would keep finished rounds"
-        typer.echo(f"interrupted; {hint}", err=True)
+        if Ranks().rank == 0:
+            typer.echo(f"interrupted; {hint}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from talos_fast.arguments import checked_seed
 from talos_fast.batch import Batch
 from talos_fast.errors import TalosError
+from talos_fast.models.share import Share
 from talos_fast.tasks.base import Inputs, Modality, Split, Task
 
 logger = logging.getLogger("talos_fast")
@@ -84,8 +85,9 @@ class Backbone(ABC):
         """
 
     def batches(
-        self, split: Split, *, batch_size: int, shuffle: bool = False, seed: int = 0, limit: int | None = None
-    ) -> DataLoader[Any]:
+        self, split: Split, *, batch_size: int, shuffle: bool = False, seed: int = 0, limit: int | None = None,
+        rank: int = 0, world: int = 1,
+    ) -> DataLoader[Any]:  # fmt: skip
         """A loader of `(images, labels)` tuples, or of dictionaries with `input_ids`, `attention_mask` and `labels`.
 
         Examples are read and prepared batch by batch, in this process. The last batch may be smaller.
@@ -96,14 +98,18 @@ class Backbone(ABC):
             shuffle: in a new order each time the loader is iterated.
             seed: of the order, and of the choice that `limit` makes.
             limit: use at most this many examples, drawn without replacement and the same in every epoch.
+            rank, world: which share of each batch to give, of how many; see `Share`.
 
         Raises:
-            TalosError: a split of the other modality, a batch size or limit below 1, or a negative seed.
+            TalosError: a split of the other modality, a batch size or limit below 1, a negative seed, or a batch size
+                that is no multiple of ``world``.
         """
         self._check_modality(split.modality)
         for name, value in (("batch_size", batch_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise TalosError(f"{name}: found {value}; give 1 or more")
+        if batch_size % world:
+            raise TalosError(f"batch_size: found {batch_size}, for {world} processes; give a multiple of {world}")
         seed = checked_seed("seed", seed)
         indices = np.arange(len(split))
         if limit is not None and limit < len(split):
@@ -115,7 +121,9 @@ class Backbone(ABC):
 
         rows: Any = indices.tolist()
         generator = torch.Generator().manual_seed(seed)
-        return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
+        order = RandomSampler(rows, generator=generator) if shuffle else SequentialSampler(rows)
+        share = Share(order, batch_size, rank, world)
+        return DataLoader(rows, batch_sampler=share, generator=generator, collate_fn=collate)
 
     def _batch(self, split: Split) -> Batch:
         inputs, labels = self.prepare(split.inputs), torch.from_numpy(split.labels)

@@ -65,24 +65,25 @@ def sensitivities(
             unfit ``labels`` (the batch is named), no maskable parameter, samples of a batch that interact, or another
             rank failed.
     """
-    model = unwrapped(model)
-    scorer = Scorer(
-        model, maskable_parameters(model, include, exclude), forward or default_forward, estimator,
-        samples_per_input, precision,
-    )  # fmt: skip
-    ledger: Ledger = {}
-
-    def only(_: int) -> Ledger:
-        # Made when it is first asked for: the model has been examined by then, which takes as much memory again.
-        if not ledger:
-            ledger.update(scorer.ledger(dtype, scores_device))
-        return ledger
-
     ranks = Ranks()
-    scorer.score(batches, only, seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
-    scores = {name: accumulator.values for name, accumulator in only(0).items()}
-    ranks.sum(scores.values())
-    return scores
+    with ranks.as_one():
+        model = unwrapped(model)
+        scorer = Scorer(
+            model, maskable_parameters(model, include, exclude), forward or default_forward, estimator,
+            samples_per_input, precision,
+        )  # fmt: skip
+        ledger: Ledger = {}
+
+        def only(_: int) -> Ledger:
+            # Made when it is first asked for: the model has been examined by then, which takes as much memory again.
+            if not ledger:
+                ledger.update(scorer.ledger(dtype, scores_device))
+            return ledger
+
+        scorer.score(batches, only, seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
+        scores = {name: accumulator.values for name, accumulator in only(0).items()}
+        ranks.sum(scores.values())
+        return scores
 
 
 def progress_bar(progress: bool, ranks: Ranks, label: str = "sensitivity") -> Callable[[Batches], Iterable[Batch]]:

@@ -91,12 +91,10 @@ class Scorer:
 
         Raises:
             TalosError: as `sensitivities`.
-            KeyboardInterrupt: ``stop()`` was true on some rank.
+            KeyboardInterrupt: ``stop()`` was true.
         """
         device, count = device_of(self.model), 0
-
-        def run() -> None:
-            nonlocal count
+        with scoring_mode(self.model):
             for index, batch in enumerate(bar(batches)):
                 where = f"batch {index}"
                 batch = differentiable(to_device(batch, device))
@@ -112,9 +110,6 @@ class Scorer:
                 count += size
                 if stop():
                     raise KeyboardInterrupt
-
-        with scoring_mode(self.model):
-            ranks.together(run)
         total = ranks.total(count)
         if not total:
             raise TalosError(

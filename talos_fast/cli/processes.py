@@ -1,0 +1,35 @@
+"""Commands in several processes, as torchrun starts them: they work as one, and the first of them speaks."""
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+import typer
+
+from talos_fast.errors import TalosError
+
+COMMANDS = ("calibrate", "finetune")
+
+
+def join(ctx: typer.Context) -> None:
+    """Makes a group of the processes that a launcher has started, until the command ends; nothing for one alone.
+
+    Raises:
+        TalosError: the command runs in one process only, or the launcher does not say how to meet.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if ctx.invoked_subcommand not in COMMANDS:
+        raise TalosError(f"{ctx.invoked_subcommand} runs in one process; several are for {' and '.join(COMMANDS)}")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group()
+    except (ValueError, RuntimeError) as error:
+        raise TalosError(
+            f"WORLD_SIZE is set, but the processes cannot meet ({error}); start them by torchrun"
+        ) from error
+    ctx.call_on_close(dist.destroy_process_group)
+    if dist.get_rank() > 0:
+        logging.getLogger("talos_fast").setLevel(logging.ERROR)
