@@ -126,8 +126,8 @@ def update(
 
     The trick is in what is *not* said: nothing about alignment. With ``multiple_of`` on these pointers Triton gives a
     thread 8 adjacent entries, spreads each gather over 32 cache lines and converts layouts through shared memory;
-    without, a warp reads 32 neighbours, and misaligned views step as well. ``master`` counts where, rounded, it equals
-    the parameter: weights that were loaded or edited since the last step win over the copy that remembers them.
+    without, a warp reads 32 neighbours, and misaligned views step as well. ``master`` is used where it rounds to the
+    parameter: where it does not, the parameter was loaded or edited since the last step, and wins.
     """
     row = rows_ptr + tl.program_id(0).to(tl.int64) * 4
     packed, base, at, first = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)

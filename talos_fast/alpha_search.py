@@ -74,6 +74,12 @@ class AlphaSearch:
         return cls(**{**content, "trials": trials, "references": tuple(content["references"])})
 
 
+def check_control_floor(value: float) -> None:
+    """Refuses what is no fraction of the control accuracy."""
+    if not 0 <= value <= 1:
+        raise TalosError(f"control_floor={value}: give a fraction of the control accuracy, 0 to 1")
+
+
 def choose_alpha(
     alphas: Sequence[float],
     accuracies: Sequence[tuple[float, ...]],

@@ -10,9 +10,9 @@ from talos_fast.modules import unwrapped
 
 
 class Applied:
-    """The edit of each target, whatever wraps it.
+    """The edit applied to each target; a module is the same one inside whatever wrapper.
 
-    A module may go meanwhile. A state dict cannot be referred to weakly; it is held, so that its id stays its own.
+    Modules are referenced weakly. State dicts cannot be, so they are kept alive: no other may get the id of one.
     """
 
     def __init__(self) -> None:
@@ -20,21 +20,21 @@ class Applied:
         self._state_dicts: dict[int, tuple[Target, Edit]] = {}
 
     def get(self, target: Target) -> Edit | None:
-        """None: it is not applied to that."""
+        """The edit that is applied to ``target``; None if none is."""
         if isinstance(target, nn.Module):
             return self._modules.get(unwrapped(target))
         _, edit = self._state_dicts.get(id(target), (None, None))
         return edit
 
     def add(self, target: Target, edit: Edit) -> None:
-        """It is applied to that from now on."""
+        """Records that ``edit`` is applied to ``target``."""
         if isinstance(target, nn.Module):
             self._modules[unwrapped(target)] = edit
         else:
             self._state_dicts[id(target)] = target, edit
 
     def remove(self, target: Target) -> None:
-        """It is no longer."""
+        """Forgets the edit of ``target``."""
         if isinstance(target, nn.Module):
             del self._modules[unwrapped(target)]
         else:

@@ -41,7 +41,7 @@ def labels_of(batch: Batch, where: str) -> Tensor:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The batch with ``function`` of every tensor in it, in order; mappings of any type, such as BatchEncoding, too."""
+    """The batch with each tensor replaced by ``function`` of it, in order; also in mappings such as BatchEncoding."""
     return _map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch, lambda node: False)
 
 

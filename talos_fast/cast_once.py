@@ -14,7 +14,7 @@ class CastOnce(Takeover):
 
     autocast casts the operands of these functions, and remembers, until it is left, the casts of leaves that train. So
     a frozen float32 weight is cast at every use: in each step, and again in a forward that checkpointing repeats.
-    Only what autocast would cast is exchanged, for the same bits, and the model itself is not touched: embeddings,
+    Only what autocast would cast is replaced, by the same bits, and the model itself is not touched: embeddings,
     norms and the dtypes that its code asks for stay as they are.
 
     The copies take 2 bytes an entry for as long as this lives. The peak of a step hardly changes: without them autograd

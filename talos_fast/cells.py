@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from talos_fast import vector_file, writing
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
+
+T = TypeVar("T")
 
 IDENTITY = "plan.json"
 CHECKPOINT = "checkpoint"
@@ -38,7 +40,7 @@ class Cells:
             return
         mine = json.loads(writing.dumps(identity))
         path = folder / IDENTITY
-        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
+        theirs = _read_json(path) if path.exists() else mine
         if theirs != mine:
             differing = ", ".join(_differences("", theirs, mine))
             raise TalosError(
@@ -48,18 +50,11 @@ class Cells:
 
     def value(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A JSON value, made once."""
-
-        def load(path: Path) -> dict[str, Any]:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return content
-
-        found: dict[str, Any] = self._get(make, f"{name}.json", writing.write_json, load)
-        return found
+        return self._get(make, f"{name}.json", writing.write_json, _read_json)
 
     def mask(self, name: str, make: Callable[[], Mask]) -> Mask:
         """A mask, made once."""
-        found: Mask = self._get(make, f"{name}.safetensors", lambda path, mask: mask.save(path), Mask.load)
-        return found
+        return self._get(make, f"{name}.safetensors", lambda path, mask: mask.save(path), Mask.load)
 
     def vector(self, name: str, make: Callable[[], TaskVector]) -> TaskVector:
         """A task vector, made once, in a folder of its own."""
@@ -71,8 +66,7 @@ class Cells:
         def load(path: Path) -> TaskVector:
             return TaskVector.from_pretrained(path.parent)
 
-        found: TaskVector = self._get(make, _vector_file(name), save, load)
-        return found
+        return self._get(make, _vector_file(name), save, load)
 
     def checkpoint(self, name: str) -> Path | None:
         """Where the making of a vector keeps its state; gone once the vector is there. None: nowhere."""
@@ -84,13 +78,12 @@ class Cells:
         if self._folder is not None:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
-    def _get(
-        self, make: Callable[[], Any], file: str, save: Callable[[Path, Any], Any], load: Callable[[Path], Any]
-    ) -> Any:
+    def _get(self, make: Callable[[], T], file: str, save: Callable[[Path, T], None], load: Callable[[Path], T]) -> T:
         if self._folder is None:
             if file not in self._memory:
                 self._memory[file] = make()
-            return self._memory[file]
+            kept: T = self._memory[file]
+            return kept
         path = self._folder / file
         if path.exists():
             return load(path)
@@ -106,6 +99,10 @@ def _differences(name: str, theirs: Any, mine: Any) -> list[str]:
         parts = [_differences(f"{name}.{key}".lstrip("."), theirs.get(key), mine.get(key)) for key in keys]
         return [found for part in parts for found in part]
     return [] if theirs == mine else [f"{name}: {theirs!s:.60} there, {mine!s:.60} here"]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _vector_file(name: str) -> str:

@@ -1,20 +1,19 @@
 """`SparseDelta`: the entries of one tensor that moved, and by how much."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.indexing import flat_indices, gather
+from talos_fast.indexing import flat_indices, gather, scatter_, support
 from talos_fast.storage import selection_nbytes
 
 
 def _require_numbers(name: str, tensor: Tensor) -> None:
-    what = type(tensor.data).__name__
-    if what == "DTensor":  # importing the class would take longer than this library
+    if type(tensor.data).__name__ == "DTensor":  # importing the class would take longer than this library
         raise TalosError(f"{name!r} is a DTensor; gather the state dict first, such as with get_model_state_dict")
     if tensor.is_meta:
         raise TalosError(f"{name!r} is on the meta device, without numbers; load its weights first")
@@ -90,38 +89,38 @@ class SparseDelta:
         self.add_to(entries, 1.0)
         return entries.to(base.dtype)
 
+    def _mapped(self, change: Callable[[Tensor], Tensor], indices: Tensor | None) -> "SparseDelta":
+        """``change`` of the values and of what rounding lost, at other ``indices``."""
+        rest = None if self.rest is None else change(self.rest)
+        return SparseDelta(self.shape, change(self.values), indices, rest)
+
     def to(self, device: torch.device) -> "SparseDelta":
         """The same delta on a device."""
         if self.values.device == device:
             return self
         indices = None if self.indices is None else self.indices.to(device)
-        return SparseDelta(
-            self.shape, self.values.to(device), indices, None if self.rest is None else self.rest.to(device)
-        )
+        return self._mapped(lambda entries: entries.to(device), indices)
 
     def scaled(self, factor: float) -> "SparseDelta":
         """Every change times ``factor``."""
-        rest = None if self.rest is None else self.rest * factor
-        return replace(self, values=self.values * factor, rest=rest)
+        return self._mapped(lambda entries: entries * factor, self.indices)
 
     def dense(self) -> Tensor:
         """The delta of the parameter's shape, zero where nothing moved."""
-        full = self.values.new_zeros(self.numel)
-        full[slice(None) if self.indices is None else self.indices] = self.values
-        return full.view(self.shape)
+        full = self.values.new_zeros(self.shape)
+        scatter_(full, self.indices, self.values)
+        return full
 
     def support(self) -> Tensor:
         """The bool tensor of the parameter's shape that is True where an entry moved."""
-        full = torch.zeros(self.numel, dtype=torch.bool, device="cpu")
-        full[slice(None) if self.indices is None else self.indices] = True
-        return full.view(self.shape)
+        return support(self.indices, self.shape)
 
     def select(self, keep: Tensor) -> "SparseDelta":
         """Only the entries where ``keep``, (k,) bool, is True."""
         if bool(keep.all()):
             return self
         indices = flat_indices(keep) if self.indices is None else self.indices[keep]
-        return SparseDelta(self.shape, self.values[keep], indices, None if self.rest is None else self.rest[keep])
+        return self._mapped(lambda entries: entries[keep], indices)
 
     def spread(self, indices: Tensor | None) -> "SparseDelta":
         """The same change on more entries, zero at the new ones; ``indices`` must hold all of its own."""
@@ -134,7 +133,7 @@ class SparseDelta:
             full[place] = entries
             return full
 
-        return SparseDelta(self.shape, wider(self.values), indices, None if self.rest is None else wider(self.rest))
+        return self._mapped(wider, indices)
 
     def plus(self, other: "SparseDelta") -> "SparseDelta":
         """The sum, present where either is; it is rounded once more, so neither's ``rest`` survives."""

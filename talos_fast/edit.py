@@ -77,7 +77,7 @@ class Edit:
 
     @staticmethod
     def _write(touched: _Touched, coefficients: Sequence[float]) -> Tensor:
-        """Whether what was written is finite, as a tensor: no device is waited for between two of them."""
+        """Writes the entries of one tensor; returns whether they are finite, as a tensor, without waiting for it."""
         edited = touched.moved(coefficients)
         scatter_(touched.tensor, touched.indices, edited)
         return _is_finite(edited)
@@ -112,7 +112,7 @@ class Edit:
 
 
 def _is_finite(entries: Tensor) -> Tensor:
-    """By the extremes, which pass NaN on: thirty times as fast as `isfinite` of each."""
+    """From the extremes, which propagate NaN: thirty times as fast as `isfinite` of every entry."""
     return torch.stack(entries.aminmax()).isfinite().all()
 
 

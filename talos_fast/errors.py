@@ -26,5 +26,5 @@ def needs(extra: str, what: object = "") -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """What another library said, on one line and cut: some name every tensor of a model."""
+    """Another library's message, on one line and cut short: some list every tensor of a model."""
     return f"{' '.join(str(error).split()) or type(error).__name__:.300}"

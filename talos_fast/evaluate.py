@@ -50,7 +50,7 @@ def evaluate(model: nn.Module, batches: Batches, *, forward: Forward | None = No
     device, total = device_of(model), 0
     correct = torch.zeros((), dtype=torch.int64, device=device)
     with restoring_modes(model):
-        model.train()  # some models cache in evaluation mode what their parameters were, until they train
+        model.train()  # some models cache what they derive from parameters in evaluation mode, until `train`
         model.eval()
         for index, batch in enumerate(tqdm(batches, "evaluate", disable=None if progress else True, leave=False)):
             logits, labels = checked_logits(forward, model, to_device(batch, device), f"batch {index}")

@@ -66,7 +66,7 @@ def logits_of(forward: Forward, model: nn.Module, batch: Batch, where: str) -> t
 
 
 def logits_facts(logits: Tensor, labels: Tensor) -> Tensor:
-    """What `check_facts` needs, where the logits are: lowest label, highest label, whether all logits are finite."""
+    """What `check_facts` needs, on the logits' device: lowest and highest label, whether all logits are finite."""
     return torch.stack([labels.min(), labels.max(), logits.isfinite().all().to(labels.dtype)]).to(logits.dtype)
 
 

@@ -46,7 +46,7 @@ def _turn_off(owner: object, flag: str, stack: ExitStack) -> None:
 
 
 def _without_input_gradients(module: nn.Module, stack: ExitStack) -> None:
-    """Takes away the hooks that transformers and peft have by nearly the same name, until the stack is left."""
+    """Removes, until the stack is left, the hooks by which transformers and peft make inputs require a gradient."""
     hooks = module._forward_hooks
     before = dict(hooks)
     for key, hook in before.items():
@@ -55,7 +55,7 @@ def _without_input_gradients(module: nn.Module, stack: ExitStack) -> None:
     taken = before.keys() - hooks.keys()
 
     def put_back() -> None:
-        """In their order, beside hooks that are new."""
+        """In their old order, before hooks that are new."""
         now = dict(hooks)
         hooks.clear()
         hooks.update({key: hook for key, hook in before.items() if key in now or key in taken} | now)

@@ -14,6 +14,13 @@ def flat_indices(mask: Tensor) -> Tensor:
     return mask.reshape(-1).nonzero()[:, 0].to(index_dtype(mask.numel()))
 
 
+def support(indices: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `flat_indices`: the bool tensor, on the CPU, that is True at ``indices`` (everywhere if None)."""
+    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
+    mask.view(-1)[slice(None) if indices is None else indices] = True
+    return mask
+
+
 def gather(tensor: Tensor, indices: Tensor | None) -> Tensor:
     """A copy of the entries at flat C-order ``indices`` (all of them if None), whatever the strides."""
     if indices is None:

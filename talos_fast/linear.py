@@ -134,10 +134,10 @@ class Linearized(nn.Module):
         self._called = True
         if self._open:
             return self._evaluated(inputs, named)
-        if torch.compiler.is_compiling():  # which knows no ExitStack; compiled code is not run again
+        if torch.compiler.is_compiling():  # which cannot trace ExitStack; compiled code is not run again
             with self._expanded():
                 return self._evaluated(inputs, named)
-        if torch.is_inference_mode_enabled():  # in which values lose their tangents without a word
+        if torch.is_inference_mode_enabled():  # which silently drops tangents
             with torch.inference_mode(False), torch.no_grad():
                 return self.forward(*inputs, **named)
         with ExitStack() as until:

@@ -1,5 +1,6 @@
 """`Mask`: for each parameter name, which entries may move."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from talos_fast import storage
 from talos_fast.arguments import resolve_density, share
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import Fingerprint, digest, identify
-from talos_fast.indexing import flat_indices
+from talos_fast.indexing import flat_indices, support
 from talos_fast.sensitivity.threshold import select_extreme
 
 
@@ -96,8 +97,6 @@ class Mask(Mapping[str, Tensor]):
         if not isinstance(other, Mask):
             return NotImplemented
         return self.keys() == other.keys() and all(torch.equal(self[name], other[name]) for name in self)
-
-    __hash__ = None  # type: ignore[assignment]  # mutable info; compare by content
 
     def __repr__(self) -> str:
         return f"Mask({len(self)} tensors, {self.selected:,} of {self.numel:,} entries, density {self.density:.4f})"
@@ -197,8 +196,6 @@ class Mask(Mapping[str, Tensor]):
         _, tensors, content = storage.read(Path(path), ("mask",))
         masks = {}
         for name, shape in content["shapes"].items():
-            mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
-            indices = storage.unpack_selection(name, tensors, mask.numel())
-            mask.view(-1)[slice(None) if indices is None else indices.long()] = True
-            masks[name] = mask
+            indices = storage.unpack_selection(name, tensors, math.prod(shape))
+            masks[name] = support(indices, tuple(shape))
         return cls(masks, base=content["base"], info=content["info"])

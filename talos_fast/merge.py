@@ -7,7 +7,7 @@ from typing import Any, SupportsFloat
 from torch import nn
 
 from talos_fast.along import movable, moved, require_parameters
-from talos_fast.alpha_search import GRID, AlphaSearch, choose_alpha
+from talos_fast.alpha_search import GRID, AlphaSearch, check_control_floor, choose_alpha
 from talos_fast.edit import by_first_names
 from talos_fast.errors import TalosError
 from talos_fast.fingerprint import require_base
@@ -104,8 +104,7 @@ def search_alpha(
     """
     evaluators = [evaluate] if callable(evaluate) else list(evaluate)
     alphas = sorted(GRID if grid is None else {float(alpha) for alpha in grid})
-    if not 0 <= control_floor <= 1:
-        raise TalosError(f"control_floor={control_floor}: give a fraction of the control accuracy, 0 to 1")
+    check_control_floor(control_floor)
     vectors = _named(base, vectors)
     for evaluator in (*evaluators, *(() if control is None else (control,))):
         if not callable(evaluator):

@@ -1,4 +1,4 @@
-"""Which modules the verbs take, what is inside of wrappers, and where it lies."""
+"""Which modules are accepted, what is inside their wrappers, and on which device."""
 
 from typing import cast
 

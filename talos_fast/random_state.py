@@ -60,7 +60,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's global generators, the CPU's and the device's, start from a seed inside, and are restored on exit."""
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not brought back
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not restored
         if on_cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)

@@ -14,7 +14,7 @@ from talos_fast.interrupt import uninterrupted
 def restoring_modes(model: nn.Module) -> Iterator[None]:
     """Restores on exit which modules train and which evaluate.
 
-    Through `train`, which some overrule to move weights between two forms, as LoRA layers do; then flag by flag.
+    By `train`, which some modules override to fold weights into others, as LoRA layers do; then flag by flag.
     """
     modes = {module: module.training for module in model.modules()}
     try:

@@ -180,7 +180,7 @@ class SparseVector:
 
 
 def require_several(vectors: Iterable[V]) -> list[V]:
-    """The vectors as a list; refuses one where several are taken: it is a collection too, of its tensors.
+    """The vectors as a list; refuses a single vector, which iterates over its names and so would pass for a list.
 
     Raises:
         TalosError: it is one vector, or something else is among them.
@@ -198,7 +198,7 @@ def require_several(vectors: Iterable[V]) -> list[V]:
 
 
 def common(vectors: Sequence[SparseVector]) -> tuple[Fingerprint, dict[str, Any]]:
-    """The base that all vectors share, and what of their provenance holds for anything made from them.
+    """The base that all vectors share, and the part of their ``info`` that a combination of them keeps.
 
     Raises:
         TalosError: they were made from different bases, or some on a linearized model and some not.

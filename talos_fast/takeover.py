@@ -45,7 +45,7 @@ class Takeover(TorchFunctionMode):
             with self:
                 return _UNCHECKED[func](*args, **kwargs)
         if func is checkpoint:  # of torch.compile only; elsewhere no mode is asked
-            with self:  # within a checkpoint it lets modes be entered only if one has been outside
+            with self:  # dynamo lets a checkpoint enter a mode only if one was entered outside of it
                 pass
             return func(self._within(args[0]), *args[1:], **kwargs)
         if func == Tensor.unflatten:  # in attention; torch.compile could not follow its super() before torch 2.14
@@ -63,7 +63,7 @@ class Takeover(TorchFunctionMode):
 
 
 def _unchecked(function: Any) -> FunctionType:
-    """The same code without the question, at its beginning, whether a mode wants to be called instead."""
+    """The same code without its opening `has_torch_function` check, which would hand the call to a mode."""
     scope = {name: value for name, value in function.__globals__.items() if name != "__name__"}
     never = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda _: False)
     opened = FunctionType(function.__code__, {**scope, **never}, function.__name__, function.__defaults__)

@@ -66,15 +66,12 @@ def require_free(folder: Path) -> None:
         raise TalosError(f"{folder}: holds a model (config.json), which would lose files; give another folder")
 
 
-def locate(
-    id_or_path: str,
-    *,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> Path:
+def locate(id_or_path: str, **hub_options: Any) -> Path:
     """The vector's file in a folder, or fetched from the Hub repository ``user/name``.
+
+    Args:
+        id_or_path: folder or file, or ``user/name``.
+        **hub_options: as in `huggingface_hub.hf_hub_download`.
 
     Raises:
         TalosError: neither such a folder nor a repository that can be reached.
@@ -86,15 +83,7 @@ def locate(
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", id_or_path):
         raise TalosError(f"{id_or_path}: no such folder; give what save_pretrained wrote, or a repository as user/name")
     try:
-        fetched = hf_hub_download(
-            id_or_path,
-            FILE,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            dry_run=False,
-        )
+        fetched = hf_hub_download(id_or_path, FILE, dry_run=False, **hub_options)
     except (OSError, ValueError) as error:
         raise TalosError(f"{id_or_path}: neither a folder nor a repository that can be reached ({error})") from error
     return Path(fetched)
@@ -109,9 +98,11 @@ def load(
         TalosError: missing, truncated, corrupted or foreign file; kind "replace" without the base, or with another.
     """
     kind, tensors, content = storage.read(path, ("delta", "replace"))
-    if kind == "replace":
-        if base_tensors is None:
-            raise TalosError(f"{path}: holds trained entries (kind 'replace'); pass base= to get a delta")
+    if kind == "delta":
+        base_tensors = None  # which has no part in it
+    elif base_tensors is None:
+        raise TalosError(f"{path}: holds trained entries (kind 'replace'); pass base= to get a delta")
+    else:
         require_base(content["base"], base_tensors, str(path))
         _require_names(content["shapes"], base_tensors, path)
     deltas = {}
@@ -121,7 +112,7 @@ def load(
         values = tensors.get(f"{name}.values")
         if values is None or len(values) != (numel if indices is None else len(indices)):
             raise TalosError(f"{path}: values of {name!r} are missing or do not fit its selection; the file is damaged")
-        if kind == "replace" and base_tensors is not None:
+        if base_tensors is not None:
             deltas[name] = _replaced(name, base_tensors[name].cpu(), indices, values)
         else:
             deltas[name] = SparseDelta(tuple(shape), values, indices, _rest(name, tensors, values))

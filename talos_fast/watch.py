@@ -56,9 +56,9 @@ class Watch:
             TalosError: from ``check``, of this note or an earlier one.
         """
         torch.maximum(self.found_inf, bad.to(self.found_inf.dtype), out=self.found_inf)
-        arrived = None
         if launch.is_capturing():
             return
+        arrived = None
         if facts.is_cuda:
             pinned = torch.empty(facts.shape, dtype=facts.dtype, device="cpu", pin_memory=True)
             facts, arrived = pinned.copy_(facts, non_blocking=True), torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and refused before the work that is to go there."""
+"""Atomic file writes, and checks, before long work starts, that its results can be written."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from talos_fast.errors import TalosError
 
 
 def require_folder(path: Path | None, option: str) -> None:
-    """Refuses a folder that cannot be made or written, before the work that is to go there; makes nothing.
+    """Refuses a folder that could not be made or written, before the work whose results go there; makes nothing.
 
     Raises:
         TalosError: names the option and what stands in the way.
@@ -31,7 +31,7 @@ def require_folder(path: Path | None, option: str) -> None:
 
 
 def require_file(path: Path | None, option: str) -> None:
-    """Refuses a file that `atomic` could not write, before the work that is to go there; makes nothing.
+    """Refuses a file that `atomic` could not write, before the work whose results go there; makes nothing.
 
     Raises:
         TalosError: names the option and what stands in the way.

@@ -12,7 +12,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from talos_fast.demo import control_task, corpus, demo_tasks, load_backbone, masks, photos, pretrain, tasks
+from talos_fast.demo import control_task, corpus, coverage, demo_tasks, load_backbone, photos, pretrain, tasks
 from talos_fast.demo.concepts import SHAPES, SURFACES
 from talos_fast.demo.model import CONFIG_NAME, FOLDER, WEIGHTS_NAME
 from talos_fast.demo.tokenizer import WordTokenizer
@@ -87,7 +87,7 @@ def test_control_shares_no_class_with_the_targets(all_tasks: dict[str, Task]) ->
 
 @pytest.mark.parametrize("outline", [False, True])
 def test_shapes_look_different(outline: bool) -> None:
-    drawn = [masks.shape(name, centre=(0.5, 0.5), radius=0.4, tilt=0, outline=outline) for name in SHAPES]
+    drawn = [coverage.shape(name, centre=(0.5, 0.5), radius=0.4, tilt=0, outline=outline) for name in SHAPES]
     for index, one in enumerate(drawn):
         assert one.shape == (32, 32) and one.min() >= 0 and one.max() <= 1 and one.sum() > 20
         assert all(np.abs(one - other).sum() > 20 for other in drawn[index + 1 :])

@@ -10,7 +10,7 @@ import torch
 from tiny_models import WordTokenizer, image_task, text_task, tiny_clip, write_bert, write_t5, write_tokenizer
 
 from talos_fast import models
-from talos_fast.demo import masks
+from talos_fast.demo import coverage
 from talos_fast.errors import TalosError
 
 
@@ -188,9 +188,10 @@ def test_an_extra_that_is_not_installed_is_named(monkeypatch, package, name, ext
 def test_letters_without_matplotlib_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(TalosError, match=r"matplotlib.*; pip install 'talos-fast\[demo\]'"):
-        masks.glyph("a", "DejaVuSans.ttf", centre=(0.5, 0.5), height=0.123, tilt=0)  # a height that no test has cached
+        # A height that no test has cached.
+        coverage.glyph("a", "DejaVuSans.ttf", centre=(0.5, 0.5), height=0.123, tilt=0)
     monkeypatch.undo()
-    assert masks.glyph("a", "DejaVuSans.ttf", centre=(0.5, 0.5), height=0.123, tilt=0).max() > 0.5
+    assert coverage.glyph("a", "DejaVuSans.ttf", centre=(0.5, 0.5), height=0.123, tilt=0).max() > 0.5
 
 
 def test_commands_without_pillow_name_the_extra():

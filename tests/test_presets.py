@@ -68,6 +68,17 @@ def test_a_plain_image_folder_will_do(tmp_path):
     assert task.class_names == ("annual crop land", "river") and len(task.test) == 6
 
 
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path):
+    published.VISION["eurosat"](tmp_path / "eurosat")
+    before = VISION.task("eurosat", tmp_path)
+    for folder in {path.parent.parent for path in before.train.inputs}:
+        published.image(folder / ".ipynb_checkpoints" / "0.jpg")
+    for path in before.train.inputs[:3]:
+        (path.parent / f"._{path.name}").write_bytes(b"of macOS")
+    after = VISION.task("eurosat", tmp_path)
+    assert (after.class_names, after.train.inputs) == (before.class_names, before.train.inputs)
+
+
 @pytest.mark.parametrize("name", ["eurosat", "dtd"])
 def test_what_is_held_out_follows_the_seed(tmp_path, name):
     published.VISION[name](tmp_path / name)

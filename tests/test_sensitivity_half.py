@@ -41,7 +41,7 @@ def scored(model, examples):
     scorer = Scorer(model, parameters, default_forward, "sampled-logit", 1, "full")
     ledger = scorer.ledger(None, None)
     scorer.score([examples], lambda _: ledger, 0, Ranks(), labels=[examples[1]])
-    return {name: sums.values for name, sums in ledger.items()}, scorer.plan
+    return {name: sums.values for name, sums in ledger.items()}, scorer.findings
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -49,10 +49,10 @@ def test_the_axes_are_those_of_fp32_and_the_scores_near(dtype, caplog):
     torch.manual_seed(0)
     model = Tokens().to(dtype).eval()
     x, y = batch(dtype)
-    found, plan = scored(model, (x, y))
+    found, findings = scored(model, (x, y))
     assert not uncovered(caplog)
     model.float()
-    assert plan.axes == scored(model, (x.float(), y))[1].axes and Axis(1, True) in plan.axes.values()
+    assert findings.axes == scored(model, (x.float(), y))[1].axes and Axis(1, True) in findings.axes.values()
     truth = by_loop(model.double(), lambda m, b: m(b[0]), (x.double(), y), y)
     for name, score in found.items():
         assert (score - truth[name]).abs().max() < 16 * torch.finfo(dtype).eps * truth[name].max(), name
@@ -61,8 +61,8 @@ def test_the_axes_are_those_of_fp32_and_the_scores_near(dtype, caplog):
 def test_gradients_that_overflow_when_scaled_up(caplog):
     model, (x, y) = Tokens().half().eval(), batch(torch.float16)
     model.factor = 100.0
-    found, plan = scored(model, (x, y))
-    assert not uncovered(caplog) and Axis(1, True) in plan.axes.values() and plan.scale < SCALE
+    found, findings = scored(model, (x, y))
+    assert not uncovered(caplog) and Axis(1, True) in findings.axes.values() and findings.scale < SCALE
     assert all(score.isfinite().all() for score in found.values())
 
 
@@ -84,10 +84,10 @@ def test_gradients_in_fp32_are_not_judged_by_the_limits_of_fp16(factor, caplog):
     """A floor for fp16 would let any axis pass where they are small."""
     torch.manual_seed(0)
     model, (x, y) = Beside(factor).eval(), batch()
-    found, plan = scored(model, (x, y))
+    found, findings = scored(model, (x, y))
     truth = by_loop(model, lambda m, b: m(b[0]), (x, y), y)["body.weight"]
     torch.testing.assert_close(found["body.weight"], truth, rtol=1e-4, atol=float(1e-6 * truth.max()))
-    assert not uncovered(caplog) and Axis(1, True) in plan.axes.values()
+    assert not uncovered(caplog) and Axis(1, True) in findings.axes.values()
 
 
 class Mixing(nn.Module):

@@ -1,4 +1,4 @@
-"""From a coverage mask to a small noisy colour image, in a style.
+"""From coverage to a small noisy colour image, in a style.
 
 Pre-training and tasks draw the same concepts in different styles: that gap is what fine-tuning closes.
 """
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from talos_fast.demo import masks
+from talos_fast.demo import coverage
 from talos_fast.demo.concepts import COLOURS, SHAPES
+from talos_fast.demo.coverage import Coverage
 
 Image = npt.NDArray[np.uint8]
 
@@ -37,8 +38,8 @@ class Style:
     clutter: int
 
 
-def paint(rng: np.random.Generator, mask: masks.Mask, style: Style, colour: str | None = None) -> Image:
-    """The mask in a named colour, or in a random one, on a plain dark background.
+def paint(rng: np.random.Generator, covered: Coverage, style: Style, colour: str | None = None) -> Image:
+    """The covered pixels in a named colour, or in a random one, on a plain dark background.
 
     Always bright on dark: a network this small, trained this briefly, would spend itself on learning both polarities.
 
@@ -47,12 +48,12 @@ def paint(rng: np.random.Generator, mask: masks.Mask, style: Style, colour: str 
     """
     thing = rng.uniform(90, 255, 3) if colour is None else np.asarray(COLOURS[colour]) + rng.normal(0, 12, 3)
     background = np.clip(rng.uniform(0, 70) + rng.normal(0, 12, 3), 0, 255)
-    image = background + np.zeros((masks.SIDE, masks.SIDE, 1))
+    image = background + np.zeros((coverage.SIDE, coverage.SIDE, 1))
     if style.clutter:
-        lines = masks.strokes(rng.random((rng.integers(style.clutter + 1), 2, 2)), rng.uniform(0.02, 0.05))
+        lines = coverage.strokes(rng.random((rng.integers(style.clutter + 1), 2, 2)), rng.uniform(0.02, 0.05))
         image = image + lines[..., None] * (rng.uniform(0, 255, 3) - image) * 0.6
     weight = rng.uniform(*style.contrast)
-    image = image + weight * mask[..., None] * (thing - image)
+    image = image + weight * covered[..., None] * (thing - image)
     return add_noise(rng, image, style.noise)
 
 
@@ -66,21 +67,21 @@ def letter(rng: np.random.Generator, text: str, style: Style, colour: str | None
     """A letter or figure in one of the style's fonts."""
     height = rng.uniform(*style.size)
     font = style.fonts[rng.integers(len(style.fonts))]
-    mask = masks.glyph(text, font, centre=_centre(rng, height), height=height, tilt=_tilt(rng, style))
-    return paint(rng, mask, style, colour)
+    covered = coverage.glyph(text, font, centre=_centre(rng, height), height=height, tilt=_tilt(rng, style))
+    return paint(rng, covered, style, colour)
 
 
 def shape(rng: np.random.Generator, name: str, style: Style, colour: str | None = None) -> Image:
     """One of `concepts.SHAPES`."""
     height = rng.uniform(*style.size)
-    mask = masks.shape(
+    covered = coverage.shape(
         name,
         centre=_centre(rng, height),
         radius=height / 2,
         tilt=_tilt(rng, style),
         outline=rng.random() < style.outline,
     )
-    return paint(rng, mask, style, colour)
+    return paint(rng, covered, style, colour)
 
 
 def dots(rng: np.random.Generator, count: int, style: Style, colour: str | None = None) -> Image:
@@ -88,14 +89,14 @@ def dots(rng: np.random.Generator, count: int, style: Style, colour: str | None 
     radii = rng.uniform(style.size[0], style.size[1], count) / 2
     while (centres := _scatter(rng, radii)) is None:
         pass
-    return paint(rng, masks.dots(centres, radii), style, colour)
+    return paint(rng, coverage.dots(centres, radii), style, colour)
 
 
 def pattern(rng: np.random.Generator, name: str, style: Style, colour: str | None = None) -> Image:
     """One of `concepts.PATTERNS`; the style's size is the period."""
     phase = (rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5))
-    mask = masks.pattern(name, period=rng.uniform(*style.size), phase=phase, tilt=_tilt(rng, style), rng=rng)
-    return paint(rng, mask, style, colour)
+    covered = coverage.pattern(name, period=rng.uniform(*style.size), phase=phase, tilt=_tilt(rng, style), rng=rng)
+    return paint(rng, covered, style, colour)
 
 
 def thing_at(rng: np.random.Generator, place: str, style: Style, colour: str) -> Image:
@@ -105,15 +106,15 @@ def thing_at(rng: np.random.Generator, place: str, style: Style, colour: str) ->
     kind = rng.integers(3)
     if kind == 0:
         name = SHAPES[rng.integers(len(SHAPES))]
-        mask = masks.shape(name, centre=centre, radius=height / 2, tilt=_tilt(rng, style))
+        covered = coverage.shape(name, centre=centre, radius=height / 2, tilt=_tilt(rng, style))
     elif kind == 1:
         text = "ABCDEFGHJKLMNPQRSTUVXYZ0123456789"[rng.integers(33)]
         font = style.fonts[rng.integers(len(style.fonts))]
-        mask = masks.glyph(text, font, centre=centre, height=height, tilt=_tilt(rng, style))
+        covered = coverage.glyph(text, font, centre=centre, height=height, tilt=_tilt(rng, style))
     else:
         blobs = np.asarray(centre) + rng.normal(0, height / 6, (4, 2))
-        mask = masks.dots(blobs, rng.uniform(height / 5, height / 3, 4))
-    return paint(rng, mask, style, colour)
+        covered = coverage.dots(blobs, rng.uniform(height / 5, height / 3, 4))
+    return paint(rng, covered, style, colour)
 
 
 def _scatter(rng: np.random.Generator, radii: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:

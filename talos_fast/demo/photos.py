@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from talos_fast.demo.masks import SIDE
+from talos_fast.demo.coverage import SIDE
 from talos_fast.errors import TalosError
 
 Part = Literal["train", "validation", "test"]
@@ -44,7 +44,7 @@ def surface(
         name: one of `concepts.SURFACES`.
         part: "train", "validation" or "test".
         scale: smallest and largest crop side, as fractions of the tile side.
-        grey: reduced to grey, with a random brightness and contrast; else as it is, but for a small change of both.
+        grey: in grey, with a random brightness and contrast; otherwise in colour, with both changed a little.
 
     Returns:
         float64 of shape (32, 32, 3), values about 0 ... 255.

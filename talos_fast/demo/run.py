@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _plan(default: Plan, changes: Mapping[str, Any], rates: Mapping[str, Sequenc
         counts = {method: len(values) for method, values in learning_rates.items()}
         raise TalosError(f"methods choose from different numbers of learning rates, {counts}; give each as many")
     kept = {key: value for key, value in changes.items() if value is not None}
-    return Plan(**{**vars(default), **kept, "learning_rates": learning_rates})
+    return replace(default, **{**kept, "learning_rates": learning_rates})
 
 
 def _print(result: StudyResult) -> None:

@@ -8,13 +8,12 @@ import numpy.typing as npt
 from PIL import Image as PilImage
 
 from talos_fast.demo import concepts, painting, photos
-from talos_fast.demo.masks import SIDE
+from talos_fast.demo.coverage import SIDE
 from talos_fast.demo.painting import Image, Style
 from talos_fast.demo.photos import Part
 from talos_fast.tasks.base import Split, Task
 
 SIZES: dict[Part, int] = {"train": 1000, "validation": 200, "test": 300}
-_PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 # serif, italic and mathematical faces; pre-training saw upright sans-serif ones
 _TASK_FONTS = (
@@ -135,10 +134,10 @@ def colours(seed: int = 0) -> Task:
 def _handwritten(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Image:
     side = int(rng.integers(26, 33))
     large = PilImage.fromarray(ink).resize((side, side), PilImage.Resampling.BICUBIC)
-    mask = np.zeros((SIDE, SIDE), np.float32)
+    covered = np.zeros((SIDE, SIDE), np.float32)
     left, top = rng.integers(SIDE - side + 1, size=2)
-    mask[top : top + side, left : left + side] = np.clip(np.asarray(large), 0, 1)
-    return painting.paint(rng, mask, _DIGITS)
+    covered[top : top + side, left : left + side] = np.clip(np.asarray(large), 0, 1)
+    return painting.paint(rng, covered, _DIGITS)
 
 
 def _task(
@@ -149,9 +148,9 @@ def _task(
     seed: int,
 ) -> Task:
     splits = {}
-    for number, part in enumerate(_PARTS):
+    for number, (part, size) in enumerate(SIZES.items()):
         rng = np.random.default_rng([seed, crc32(name.encode()), number])
-        labels = rng.permutation(np.arange(SIZES[part]) % len(class_names))
+        labels = rng.permutation(np.arange(size) % len(class_names))
         splits[part] = Split(np.stack([draw(rng, int(label), part) for label in labels]), labels)
     return Task(name, class_names, templates, splits["train"], splits["validation"], splits["test"])
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
+from talos_fast.indexing import scatter_
 from talos_fast.mask import Mask
 from talos_fast.sparse_vector import common
 from talos_fast.stack import entrywise, stacks
@@ -37,7 +38,7 @@ def tall_masks(vectors: Sequence[TaskVector], *, lam: float = 0.4) -> list[Mask]
     for name, stack in stacks(vectors):
         for mask, claimed in zip(masks, _claimed(stack.values, lam), strict=True):
             full = torch.zeros(stack.shape, dtype=torch.bool, device="cpu")
-            full.view(-1)[slice(None) if stack.indices is None else stack.indices] = claimed.cpu()
+            scatter_(full, stack.indices, claimed.cpu())
             mask[name] = full
     base, _ = common(vectors)
     return [Mask(mask, base=base, info={"selection": "tall_mask", "lam": lam}) for mask in masks]

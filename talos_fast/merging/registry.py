@@ -17,10 +17,7 @@ from talos_fast.task_vector import TaskVector
 
 def task_arithmetic(vectors: Sequence[TaskVector]) -> TaskVector:
     """Σ_t τ_t (Ilharco et al. 2023)."""
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = total + vector
-    return total
+    return sum(vectors[1:], start=vectors[0])
 
 
 METHODS: dict[str, Callable[..., TaskVector]] = {

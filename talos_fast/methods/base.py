@@ -114,9 +114,9 @@ def compiled(setup: Setup) -> Setup:
     def forward(model: nn.Module, batch: Batch) -> Tensor:
         return setup.forward(model, batch)
 
-    # torch counts recompilations by code object: the runs of one program would share its limit of 8, and then be eager.
+    # torch limits recompilations of a code object to 8: all runs of a program would share these, and then be eager.
     forward.__code__ = forward.__code__.replace()
-    # In torch 2.11 a tangent has no copy while its sizes are symbols, as those of a second batch size are.
+    # torch 2.11 cannot copy tangents of symbolic sizes, which a second batch size brings.
     static = torch.__version__ < "2.12" and bool(setup.info.get("linearized"))
     return replace(setup, forward=torch.compile(forward, dynamic=False if static else None))
 

@@ -42,6 +42,11 @@ class Adapter:
     a: Tensor
     b: nn.Parameter
 
+    @property
+    def label(self) -> str:
+        """What B is called among the tensors that train."""
+        return f"{self.name}[{self.rows.start}:]"
+
 
 def l_lora(request: Request) -> Setup:
     """Trains the factors of W + (lora_alpha / r) B A in the first-order expansion of the model around (A0, B0 = 0).
@@ -77,7 +82,7 @@ def l_lora(request: Request) -> Setup:
             Edit(request.model, deltas).move(1.0)
         return deltas
 
-    trained = {f"{adapter.name}[{adapter.rows.start}:]": adapter.b for adapter in adapters}
+    trained = {adapter.label: adapter.b for adapter in adapters}
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
     factors = sum(b.nbytes for b in trained.values())
     info = {"linearized": True, "rank": rank, "lora_alpha": alpha, "factor_bytes": factors}

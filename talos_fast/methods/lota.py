@@ -29,7 +29,7 @@ def lota(request: Request) -> Setup:
 
 
 def lota_mask(request: Request, names: Iterable[str]) -> tuple[float, Mask]:
-    """The density and the mask of a request, chosen among the named parameters; trains in full first if it must."""
+    """The density, and the mask of the named parameters; without ``finetuned`` a full fine-tuning comes first."""
     density = resolve_density(request.options.density)
     given = request.options.finetuned
     if given is not None and given.linearized:

@@ -131,7 +131,7 @@ def l_lora(request: Request) -> Setup:
             parameters[name].copy_(value)
         return differences(origin, base)
 
-    trained: dict[str, Tensor] = {**base, **{f"{a.name}[{a.rows.start}:]": a.b for a in adapters}}
+    trained: dict[str, Tensor] = {**base, **{adapter.label: adapter.b for adapter in adapters}}
     optimizer = AdamW(trained.values(), lr=request.lr, weight_decay=request.weight_decay, fused=True)
     info = {"rank": rank, "lora_alpha": alpha, "compat": "released"}
     return Setup(trained, optimizer, forward, export, info=info)
@@ -143,7 +143,7 @@ def is_vision(model: nn.Module) -> bool:
 
 
 def raw_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What modules with children hold themselves and no mask covers by default, and requires a gradient."""
+    """Trainable parameters that a module with children holds itself, and no mask covers by default."""
     maskable, found = maskable_parameters(model), {}
     for prefix, module in model.named_modules():
         if next(module.children(), None) is not None:

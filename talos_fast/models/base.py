@@ -133,9 +133,6 @@ class Backbone(ABC):
         if modality != self.modality:
             raise TalosError(f"{self.name} takes {self.modality} tasks, found a task of {modality}s; use another model")
 
-    def _device(self) -> torch.device:
-        return next(self.encoder.parameters()).device
-
 
 def warn_of_twins(task: Task, ids: Tensor, model: str) -> None:
     """Says which class names have the same tokens, (K, T): their logits are the same whatever is trained."""

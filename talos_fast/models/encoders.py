@@ -11,6 +11,7 @@ from talos_fast.errors import TalosError, needs
 from talos_fast.models.base import Backbone, Classifier, fill, warn_of_twins
 from talos_fast.models.heads import CosineHead
 from talos_fast.models.text import check_texts, from_pretrained, tokenize
+from talos_fast.modules import device_of
 from talos_fast.restoring import restoring_modes
 from talos_fast.tasks.base import Inputs, Task
 
@@ -95,7 +96,7 @@ class EncoderBackbone(Backbone):
     def _class_embeddings(self, task: Task) -> Tensor:
         templates = task.templates or ("{}",)
         tokens = self.prepare(fill(templates, task.class_names))
-        ids, mask = (tokens[key].to(self._device()) for key in ("input_ids", "attention_mask"))
+        ids, mask = (tokens[key].to(device_of(self.encoder)) for key in ("input_ids", "attention_mask"))
         with restoring_modes(self.encoder):
             self.encoder.eval()
             vectors = functional.normalize(embed(self.encoder, ids, mask, self.pooling), dim=-1)

@@ -19,6 +19,7 @@ ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held, 1 to 8."""
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
            7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
+"""What turns such a picture upright. `PIL.ImageOps.exif_transpose` also rewrites all tags, and fails at odd ones."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,18 @@ class ImagePreprocess:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ImagePreprocess":
-        """From the `preprocess_cfg` of an open_clip model: `size`, and where they differ from CLIP's own, the rest."""
-        size = config["size"]
+        """From the `preprocess_cfg` of an open_clip model; what it leaves out is open_clip's default, CLIP's own."""
+        with needs("clip"):
+            from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+        known = merge_preprocess_dict(PreprocessCfg(), dict(config))
+        size = known["size"]
         return cls(
             size=(size, size) if isinstance(size, int) else (size[0], size[1]),
-            mean=tuple(config.get("mean") or (0.48145466, 0.4578275, 0.40821073)),
-            std=tuple(config.get("std") or (0.26862954, 0.26130258, 0.27577711)),
-            interpolation=config.get("interpolation") or "bicubic",
-            resize_mode=config.get("resize_mode") or "shortest",
+            mean=tuple(known["mean"]),
+            std=tuple(known["std"]),
+            interpolation=known["interpolation"],
+            resize_mode=known["resize_mode"],
         )
 
     def __call__(self, inputs: Inputs) -> Tensor:

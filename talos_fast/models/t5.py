@@ -9,6 +9,7 @@ from talos_fast.errors import TalosError, needs
 from talos_fast.models.base import Backbone, Classifier
 from talos_fast.models.heads import ChoiceHead
 from talos_fast.models.text import check_texts, from_pretrained, tokenize
+from talos_fast.modules import device_of
 from talos_fast.tasks.base import Inputs, Split, Task
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
@@ -95,7 +96,7 @@ class T5Backbone(Backbone):
                 f"task {task.name!r}: some class names have the same tokens in {self.name}, such as unknown words; "
                 "choose class names that its tokenizer tells apart"
             )
-        return T5Choices(self.encoder, ChoiceHead(ids, self.tokenizer.pad_token_id).to(self._device())).eval()
+        return T5Choices(self.encoder, ChoiceHead(ids, self.tokenizer.pad_token_id).to(device_of(self.encoder))).eval()
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype) -> T5Backbone:

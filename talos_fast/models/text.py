@@ -31,7 +31,7 @@ def from_pretrained(auto_class: Any, name: str, dtype: torch.dtype) -> tuple[Any
             f"{name}: model or tokenizer could not be loaded: {brief(error)}; "
             "give a complete model directory (config, weights, tokenizer), or check the id and the network"
         ) from error
-    # Without its files transformers makes a tokenizer of special tokens, of T5 with a space beside them.
+    # Where its files are missing, transformers makes a tokenizer of special tokens only (for T5, and a space).
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
         raise TalosError(
             f"{name}: its tokenizer knows no word; add its files, such as tokenizer.json, vocab.txt or spiece.model"
@@ -46,7 +46,7 @@ def from_pretrained(auto_class: Any, name: str, dtype: torch.dtype) -> tuple[Any
 
 
 def check_texts(inputs: Inputs) -> list[str]:
-    """The texts, of a split of texts; an empty list is refused with the rest."""
+    """The inputs as a list of texts; refuses images, paths and an empty list."""
     if isinstance(inputs, np.ndarray) or not inputs or not all(isinstance(text, str) for text in inputs):
         raise TalosError(f"inputs: found {type(inputs).__name__} without texts; give a list of at least one str")
     return [str(text) for text in inputs]

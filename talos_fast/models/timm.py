@@ -73,7 +73,7 @@ class TimmBackbone(Backbone):
         with restoring_modes(self.encoder):
             self.encoder.eval()
             for images, labels in tqdm(batches, desc=f"{task.name}: head", disable=None, leave=False):
-                features = self.encoder(images.to(self._device(), next(self.encoder.parameters()).dtype)).float()
+                features = self.encoder(images.to(next(self.encoder.parameters()))).float()
                 if not sums.numel():
                     sums = features.new_zeros(task.num_classes, features.shape[-1])
                 sums.index_add_(0, labels.to(features.device), functional.normalize(features, dim=-1))

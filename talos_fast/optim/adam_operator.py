@@ -33,10 +33,12 @@ def masked_adam_reference(
         grads: contiguous; as many elements as the parameter, of its dtype; or *compact*: one an entry, in memory order,
             of the dtype of the parameter or of ``exp_avgs``.
         exp_avgs, exp_avg_sqs: (entries,) float32, float64 for float64 parameters.
-        max_exp_avg_sqs: the same, and the step is AMSGrad's; or empty.
-        masters: the same; they count where, rounded, they equal the parameter. Or empty.
+        max_exp_avg_sqs: of the same shapes, for AMSGrad; or empty.
+        masters: of the same shapes, copies of the entries, used where they round to the parameter: where they do not,
+            it was loaded or edited since the last step, and wins. Or empty.
         work, index: those of `talos_fast.optim.selection.Selection`.
-        steps, step: 0-d, on the CPU; and what they become, the number of this step.
+        steps: 0-d, on the CPU; set to ``step``.
+        step: the number of this step, from 1.
         scalars: ``decay`` = 1 - lr · weight_decay; AdamW's ``beta1``, ``beta2``, ``eps``; ``step_size`` =
             lr / (1 - beta1^t); ``correction`` = √(1 - beta2^t); ``grad_scale``, what the gradients are divided by; and
             ``maximize``, whether they are negated.

@@ -103,7 +103,7 @@ class Compaction:
 
 
 def _hooked(p: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """The hook on a parameter: torch wants one that requires a gradient, and a frozen one may train later."""
+    """Registers the hook; torch refuses it on a parameter that is frozen now, but may train later."""
     trains = p.requires_grad
     handle: RemovableHandle = p.requires_grad_().register_post_accumulate_grad_hook(hook)
     p.requires_grad_(trains)

@@ -23,6 +23,9 @@ class MaskedGradients(AdamW):
     _compaction: Compaction | None = None
     _rows: SelectedRows | None = None
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _gradient(self, p: Tensor) -> Tensor | None:
         """What a step reads: ``p.grad``, or of a compacted parameter the selected entries, (k,) in memory order."""
         gradient = p.grad
@@ -53,8 +56,7 @@ class MaskedGradients(AdamW):
         """
         check_clip(max_norm, entries)
         self._follow()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = total_norm(parameters, self._selections, entries, error_if_nonfinite)
+        norm = total_norm(self._parameters(), self._selections, entries, error_if_nonfinite)
         self._clip = Clip(norm, max_norm)
         return norm
 

@@ -90,7 +90,7 @@ class Launches:
         self._kept: list[GroupLaunches] = []
 
     def get(self, group: Group, gradients: Gradients) -> GroupLaunches | None:
-        """The launches of the group, if there are any that still hold."""
+        """The launches of the group, if there are any and they still fit."""
         found = self._groups.get(id(group))  # they hold the group, so nothing else can have its id
         return found if found is not None and _wants(group) and found.fit(gradients) else None
 

@@ -5,7 +5,6 @@ parameter with k selected entries is k entries a moment.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -245,10 +244,7 @@ class MaskedAdam(MaskedGradients):
             super().load_state_dict(state_dict)
         self._launches.clear()
 
-    def _parameters(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
-
     def _names(self) -> list[Any]:
         """What to call the parameters in errors: by name if they have any, else by number."""
-        names = list(chain.from_iterable(group.get("param_names", ()) for group in self.param_groups))
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
         return names or list(range(len(self._parameters())))

@@ -1,8 +1,9 @@
 """`SelectedRows`: of a linear layer's weight gradient, only the rows that hold a selected entry are computed.
 
-A fused query-key-value weight whose mask leaves V alone pays for two thirds of the product, and keeps what it always
-kept: the gradient of the inputs needs every row. A linear map is recognised by its weight, whichever module calls
-`F.linear`: nn.Linear, timm's and transformers' attention, and the projections inside `F.multi_head_attention_forward`.
+A fused query-key-value weight whose mask leaves V alone pays for two thirds of the product. What is saved for the
+backward pass stays the same, since the gradient of the inputs needs every row. A linear map is recognised by its
+weight, whichever module calls `F.linear`: nn.Linear, timm's and transformers' attention, and the projections inside
+`F.multi_head_attention_forward`.
 """
 
 from collections.abc import Mapping
@@ -137,7 +138,7 @@ class SelectedRows(Takeover):
                 )
             weight = weight.detach()
         output: Tensor = _RowsLinear.apply(input, weight, bias, weight_leaf, bias_leaf, rows, bias_rows)
-        return output.view(*input.shape[:-1], len(weight))  # here: what a Function gives as a view cannot be written to
+        return output.view(*input.shape[:-1], len(weight))  # not in the Function: its view could not be written to
 
 
 def _is_distributed() -> bool:
@@ -162,14 +163,14 @@ class _RowsLinear(torch.autograd.Function):
         cast = weight.to(input.dtype)
         # Flat: torch takes a slow batched product where the weight needs no gradient and the input is transposed.
         flat = input.reshape(-1, input.shape[-1])
-        # A shape that F.linear never saves: by its check of shapes checkpointing then refuses a forward that ran inside
-        # of the context and is run again outside, where else the two would be mixed up and be silently wrong.
+        # A shape that F.linear never saves: if only one of a forward and its recomputation runs in this context, the
+        # shapes that checkpointing compares differ, and it raises instead of silently mixing the two up.
         mark = flat.new_empty(0, 0, 0)
         ctx.save_for_backward(mark, flat, cast if ctx.needs_input_grad[0] else None)
         ctx.shape = input.shape
         ctx.rows, ctx.bias_rows = rows, bias_rows
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        # autocast may cast a frozen bias; of one that trains its cache would keep a copy without a graph.
+        # A bias that trains is cast here: autocast would cache its cast, which has no graph. A frozen one it may cache.
         return F.linear(flat, cast, bias.to(input.dtype) if bias is not None and bias.requires_grad else bias)
 
     @staticmethod

@@ -50,7 +50,7 @@ def start(p: Tensor, selection: Selection | None, group: Group) -> State:
     if selection is not None:
         like = torch.zeros(selection.count, dtype=state_dtype(p), device=p.device)
         if like.dtype != p.dtype:
-            # Any value will do: where it does not round to the parameter, the parameter counts.
+            # Any value will do: where it does not round to the parameter, the parameter is used.
             state["master"] = torch.zeros_like(like)
     for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
         state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)

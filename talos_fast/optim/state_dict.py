@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.errors import TalosError
-from talos_fast.optim.masks import bool_mask, in_c_order, pack
+from talos_fast.optim.masks import bool_mask, in_c_order, pack, unpack
 from talos_fast.optim.selection import Selection
 from talos_fast.optim.state import MOMENTS, State, state_dtype
 
@@ -111,8 +111,7 @@ def _check_mask(name: Any, p: Tensor, selection: Selection | None, saved: Mappin
         raise TalosError(
             f"parameter {name}: saved with shape {tuple(saved['shape'].tolist())}, this is {tuple(p.shape)}"
         )
-    bits = pack(bool_mask(p, selection)) ^ saved["mask"].cpu()
-    differing = int((bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).sum())
+    differing = int((unpack(saved["mask"], p.shape) != bool_mask(p, selection)).sum())
     if differing:
         raise TalosError(
             f"parameter {name}: the state belongs to another mask ({differing} of {p.numel()} entries differ); "

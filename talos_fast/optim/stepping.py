@@ -1,4 +1,4 @@
-"""How parameters step that no Triton kernel steps: by the compiled operator, or by torch's own AdamW.
+"""The step of parameters that no Triton kernel takes: by the compiled operator, or by torch's own AdamW.
 
 Masked parameters on the CPU go to the operator where it reaches; elsewhere their selected entries are gathered, stepped
 by torch's AdamW and scattered back. Parameters without a mask are torch's.

@@ -13,7 +13,7 @@ from talos_fast.optim.state import MOMENTS, Member
 
 ENCODINGS = ("runs", "bits", "offsets")
 _WORD = 32
-_COUNTS = 1 << 16  # more than a block can have entries: a number above it is that of the tensor
+_COUNTS = 1 << 16  # above any count of a block: counts are in the low 16 bits, tensor numbers above them
 
 
 def block_rows(number: int, member: Member) -> Tensor:

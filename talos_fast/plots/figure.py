@@ -20,7 +20,7 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
 
 
 def require_picture(path: Path | None, option: str) -> None:
-    """Refuses a picture that `save` could not write, before the work that it is to show.
+    """Refuses a picture that `save` could not write, before the work whose result it shows.
 
     Raises:
         TalosError: names the option.

@@ -58,13 +58,13 @@ class Timings:
 
 
 def peak(iteration: FinetuneIteration, memory: Memory, compiles: bool) -> int | None:
-    """The most bytes that are held in two iterations, of which the first makes the moments; None: `memory` cannot say.
+    """Peak bytes of two iterations, the first of which makes the moments; None if `memory` cannot tell.
 
     Args:
         iteration: one that has not run.
         memory: of its device.
-        compiles: whether its first run does. Kernels are tried out then, in memory that no iteration takes, so two more
-            run before those that are read.
+        compiles: whether its first run compiles. Autotuning then takes memory that no later iteration needs, so two
+            more run first, unmeasured.
     """
     if compiles:
         _run_twice(iteration)

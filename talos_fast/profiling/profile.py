@@ -69,12 +69,8 @@ def profile(
     """
     if not all(isinstance(value, Integral) for value in (rounds, warmup)) or rounds < 1 or warmup < 0:
         raise TalosError(f"rounds={rounds}, warmup={warmup}: give integers, one round or more and no negative warm-up")
-    if trace is not None and not Path(trace).resolve().parent.is_dir():
-        raise TalosError(f"trace={trace}: its folder does not exist; make it first")
-    if trace is not None and not Path(trace).name.endswith((".json", ".json.gz")):
-        raise TalosError(f"trace={trace}: a Chrome trace is .json or .json.gz; give one of these endings")
     if trace is not None:
-        require_file(Path(trace), "trace=")
+        _require_trace(Path(trace))
     require_plain(model)
     require_amp_and_clip(amp, clip)
     options = Options(mask, density, finetuned, rank, lora_alpha)
@@ -149,6 +145,15 @@ class _Bench:
 
 def _no_first_run(setup: Setup) -> Deltas:
     raise TalosError("method 'lota' needs finetuned= to be profiled: its first run is a full fine-tuning")
+
+
+def _require_trace(path: Path) -> None:
+    """Refuses a file that `_write_trace` could not write, before the measurements that it comes after."""
+    if not path.resolve().parent.is_dir():
+        raise TalosError(f"trace={path}: its folder does not exist; make it first")
+    if not path.name.endswith((".json", ".json.gz")):
+        raise TalosError(f"trace={path}: a Chrome trace is .json or .json.gz; give one of these endings")
+    require_file(path, "trace=")
 
 
 def _first(batches: Batches) -> Batch:

@@ -44,7 +44,7 @@ class Alias:
         return replace(use, first=use.first + int(self.place.storage_offset()) - int(self.parameter.storage_offset()))
 
     def check_matrix(self) -> None:
-        """Raises `UncoveredError` if using this as a matrix is not using entries of the parameter, in order."""
+        """Raises `UncoveredError` unless this is the parameter, or a block of its entries in order or transposed."""
         place = self.place
         in_order = place is not None and (place.is_contiguous() or (place.dim() == 2 and place.t().is_contiguous()))
         if self.function is not None and not (in_order and self.parameter.is_contiguous()):

@@ -16,13 +16,13 @@ Site = tuple[str, tuple[str, ...], int]
 
 
 @dataclass
-class Plan:
+class Findings:
     """What is known about a model's uses, from batch to batch.
 
     Args:
         uncovered: name -> why its scores cannot come from capture.
         shared: sites whose rows do not belong to samples, so that they are functions of the parameter alone.
-        axes: (site, pattern of its rows) -> where the samples are; None where no gradient arrives.
+        axes: `Call.key` -> where the samples are; None where no gradient arrives.
         changing: whether rows may belong to other samples in every batch, so that each is looked at.
         scale: what fp16 gradients are multiplied by while axes are sought.
     """
@@ -36,14 +36,26 @@ class Plan:
 
 @dataclass
 class Call:
-    """One hooked output; ``seen`` are the values and norms of its gradient's rows, without codes and with them."""
+    """One hooked output.
+
+    Args:
+        site: where in the program.
+        aliases, makes: whose uses its gradient gives, and the formula of each.
+        view: brings the gradient into the order (*rows, *features).
+        features: how many trailing dimensions of that are features.
+        key: site, number of the output there, and the pattern of its rows: outputs of one key have one axis.
+        inputs: what the formulas read, each with its version when it was called.
+        aliasing: whether it is a function of one parameter alone.
+        reached: whether a gradient has come.
+        seen: values and norms of the gradient's rows, without codes and with them.
+    """
 
     site: Site
     aliases: list[Alias]
     makes: list[Make]
     view: Callable[[Tensor], Tensor]
     features: int
-    known: Any
+    key: Any
     inputs: list[tuple[Tensor, int]]
     aliasing: bool
     reached: bool = False

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from talos_fast.sensitivity.alias import Alias, derived
 from talos_fast.sensitivity.axis import pattern
-from talos_fast.sensitivity.calls import Call, Plan, Site, tapped
+from talos_fast.sensitivity.calls import Call, Findings, Site, tapped
 from talos_fast.sensitivity.observer import Observer
 from talos_fast.sensitivity.registry import ALIASING, CUTTING, RULES, Make, Split, UncoveredError, chooses_rows
 from talos_fast.sensitivity.uses import PerSample, Use
@@ -30,17 +30,17 @@ class Capture(TorchFunctionMode):
     Args:
         parameters: name -> tracked parameter, none of which requires a gradient meanwhile.
         samples: N, the number of samples in the batch.
-        plan: what is known about the model; completed here.
+        findings: what is known about the model; completed here.
         square: called with the name and all uses of a parameter, as soon as the last one is there.
-        exploring: whether uses whose rows do not belong to samples go to ``plan.shared``, for another forward.
+        exploring: whether uses whose rows do not belong to samples go to ``findings.shared``, for another forward.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], samples: int, plan: Plan, square: Callable[[str, list[Use]], None],
-        exploring: bool = False,
+        self, parameters: Mapping[str, Tensor], samples: int, findings: Findings,
+        square: Callable[[str, list[Use]], None], exploring: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.samples, self.plan = samples, plan
+        self.samples, self.findings = samples, findings
         self._square, self._exploring = square, exploring
         self._aliases = {id(p): Alias(name, p, p, None, p) for name, p in parameters.items()}
         self._seen: dict[tuple[str, ...], int] = {}
@@ -50,7 +50,7 @@ class Capture(TorchFunctionMode):
         self._calls: list[Call] = []
         self._expected: dict[str, int] = {}
         self._uses: dict[str, list[Use]] = {}
-        self._observer = Observer(samples, plan)
+        self._observer = Observer(samples, findings)
         self._keeping = False
         # Tying it to an output makes that output require a gradient; its own gradient is never looked at.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -59,7 +59,7 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.plan.changing = self.plan.changing or chooses_rows(func, args, kwargs)
+        self.findings.changing = self.findings.changing or chooses_rows(func, args, kwargs)
         tracked = self._tracked(args) + (self._tracked(kwargs.values()) if kwargs else [])
         if not tracked or func in CUTTING:
             return func(*args, **kwargs)
@@ -72,7 +72,7 @@ class Capture(TorchFunctionMode):
         self._aliasing = func in ALIASING and len({id(alias.tensor) for alias in tracked}) == 1
         self._handled = []
         reason = f"{getattr(func, '__qualname__', func)} has no rule"
-        if func in RULES and self._site not in self.plan.shared:
+        if func in RULES and self._site not in self.findings.shared:
             try:
                 output = RULES[func](self, *args, **kwargs)
             except UncoveredError as refusal:
@@ -104,14 +104,14 @@ class Capture(TorchFunctionMode):
 
     def _uncover(self, names: Iterable[str], reason: str) -> None:
         for name in names:
-            self.plan.uncovered.setdefault(name, reason)
+            self.findings.uncovered.setdefault(name, reason)
 
     def alias(self, value: object) -> Alias | None:
         """How ``value`` comes from a tracked parameter, None if it does not."""
         return self._aliases.get(id(value))
 
     def matrix(self, value: Tensor) -> None:
-        """Raises `UncoveredError` if using ``value`` as a matrix is not using entries of a parameter, in order."""
+        """Raises `UncoveredError` if ``value`` comes from a parameter but is not a block of its entries, in order."""
         alias = self.alias(value)
         if alias is not None:
             alias.check_matrix()
@@ -203,7 +203,7 @@ class Capture(TorchFunctionMode):
         axis = self._observer.axis(call, gradient)
         if axis is None:
             if self._exploring and call.aliasing:
-                self.plan.shared.add(call.site)
+                self.findings.shared.add(call.site)
             else:
                 self._uncover(names, f"the rows of {call.site[0]} do not belong to one sample each")
         elif any(tensor._version != version for tensor, version in call.inputs):
@@ -211,7 +211,7 @@ class Capture(TorchFunctionMode):
         else:
             split = partial(axis.tokens, samples=self.samples)
             for alias, make in zip(call.aliases, call.makes, strict=True):
-                if alias.name not in self.plan.uncovered:
+                if alias.name not in self.findings.uncovered:
                     self._record(
                         alias.name, alias.pull_back(make(gradient, lambda t, features=1: split(t, features=features)))
                     )
@@ -225,5 +225,5 @@ class Capture(TorchFunctionMode):
 
     def _finish(self, name: str) -> None:
         uses = self._uses.pop(name)
-        if name not in self.plan.uncovered:
+        if name not in self.findings.uncovered:
             self._square(name, uses)

@@ -1,6 +1,7 @@
 """`sensitivities`: S_j = Σ_x (∂ aᵀf(x) / ∂θ_j)², per sample, from one batched forward-backward a batch."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from talos_fast.forward import Forward, default_forward
 from talos_fast.modules import unwrapped
 from talos_fast.ranks import Ranks
 from talos_fast.sensitivity.estimators import Estimator
-from talos_fast.sensitivity.scorer import Ledger, Scorer
+from talos_fast.sensitivity.scorer import Scorer
 from talos_fast.sensitivity.selection import maskable_parameters
 from talos_fast.sensitivity.uses import Precision
 
@@ -72,16 +73,10 @@ def sensitivities(
             model, maskable_parameters(model, include, exclude), forward or default_forward, estimator,
             samples_per_input, precision,
         )  # fmt: skip
-        ledger: Ledger = {}
-
-        def only(_: int) -> Ledger:
-            # Made when it is first asked for: the model has been examined by then, which takes as much memory again.
-            if not ledger:
-                ledger.update(scorer.ledger(dtype, scores_device))
-            return ledger
-
-        scorer.score(batches, only, seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
-        scores = {name: accumulator.values for name, accumulator in only(0).items()}
+        # Made when it is first asked for: the model has been examined by then, which takes as much memory again.
+        ledger = cache(partial(scorer.ledger, dtype, scores_device))
+        scorer.score(batches, lambda _: ledger(), seed, ranks, labels=labels, bar=progress_bar(progress, ranks))
+        scores = {name: accumulator.values for name, accumulator in ledger().items()}
         ranks.sum(scores.values())
         return scores
 

@@ -44,7 +44,7 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()`, and flag by flag where a module's own `train` folds weights into others, as LoRA layers do."""
+    """Evaluation mode by `model.eval()`, or by flags alone if that folds weights into others, as in LoRA layers."""
     modes = {module: module.training for module in model.modules()}
     own = [module for module in modes if type(module).train is not nn.Module.train]
     before = {p: p.detach().clone() for module in own for p in module.parameters()}

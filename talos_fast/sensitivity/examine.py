@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 from talos_fast.batch import Batch, labels_of, take
 from talos_fast.errors import TalosError
 from talos_fast.forward import Forward, check_logits, logits_of
-from talos_fast.sensitivity.calls import Plan
+from talos_fast.sensitivity.calls import Findings
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.per_sample import gradients_one_by_one
 from talos_fast.sensitivity.uses import Accumulator, Use, add_squares
@@ -60,10 +60,10 @@ def _random(size: int, like: Tensor) -> Tensor:
 
 
 def examine(
-    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, where: str, plan: Plan,
+    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, where: str, findings: Findings,
     generator: torch.Generator,
 ) -> None:  # fmt: skip
-    """Completes ``plan`` from a few samples of a batch.
+    """Completes ``findings`` from a few samples of a batch.
 
     Raises:
         TalosError: the logits of a sample depend on the other ones, or the model insists on checkpointing.
@@ -71,15 +71,15 @@ def examine(
     samples = len(labels_of(batch, where))
     few = take(batch, 0, min(SAMPLES, samples), samples)
     for _ in range(ATTEMPTS):
-        before = len(plan.shared)
+        before = len(findings.shared)
         try:
-            captured, logits, probe = _captured(model, parameters, forward, few, where, plan, generator)
+            captured, logits, probe = _captured(model, parameters, forward, few, where, findings, generator)
         except CheckpointError as error:
             raise TalosError(
                 f"{where}: gradient checkpointing cannot be combined with capture ({str(error).splitlines()[0]}); turn "
                 "it off for calibration and use smaller batches, which do not change the result"
             ) from error
-        if len(plan.shared) == before:
+        if len(findings.shared) == before:
             break
     expected: dict[str, Sketch] = {}
     tolerance = _tolerance(logits, parameters)
@@ -101,8 +101,8 @@ def examine(
         # queries and keys of a decoder that sees one token.
         ulp, wanted = torch.finfo(zero.left.dtype).eps ** 2 * scale, expected.get(name, zero)
         floor = 1024 * ulp if wanted.largest <= 1024 * ulp else ulp
-        if name not in plan.uncovered and not captured.get(name, zero).near(wanted, tolerance, floor):
-            plan.uncovered[name] = "capture disagrees with a plain backward"
+        if name not in findings.uncovered and not captured.get(name, zero).near(wanted, tolerance, floor):
+            findings.uncovered[name] = "capture disagrees with a plain backward"
 
 
 def _tolerance(logits: Tensor, parameters: Mapping[str, Tensor]) -> float:
@@ -115,7 +115,7 @@ def _tolerance(logits: Tensor, parameters: Mapping[str, Tensor]) -> float:
 
 
 def _captured(
-    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, where: str, plan: Plan,
+    model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward, batch: Batch, where: str, findings: Findings,
     generator: torch.Generator,
 ) -> tuple[dict[str, Sketch], Tensor, Tensor]:  # fmt: skip
     """Sketches of the captured scores, the logits (N, K), and what they were probed with."""
@@ -127,8 +127,8 @@ def _captured(
         add_squares(uses, sum_of_squares, "full")
         sketches[name] = Sketch.of(sum_of_squares.values)
 
-    tracked = {name: p for name, p in parameters.items() if name not in plan.uncovered}
-    with Capture(tracked, len(labels_of(batch, where)), plan, square, exploring=True) as capture:
+    tracked = {name: p for name, p in parameters.items() if name not in findings.uncovered}
+    with Capture(tracked, len(labels_of(batch, where)), findings, square, exploring=True) as capture:
         logits, labels = logits_of(forward, model, batch, where)
     check_logits(logits, labels, where)
     probe = torch.linspace(-1.0, 1.5, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from talos_fast.sensitivity.axis import HALF, STEP, WIDE, Axis, codes, consistent, row_values
-from talos_fast.sensitivity.calls import Call, Plan
+from talos_fast.sensitivity.calls import Call, Findings
 
 
 class Observer:
@@ -14,35 +14,36 @@ class Observer:
 
     Args:
         samples: N, the number of samples in the batch.
-        plan: what is known about the model; its axes are completed here.
+        findings: what is known about the model; its axes are completed here.
     """
 
-    def __init__(self, samples: int, plan: Plan) -> None:
-        self.samples, self.plan = samples, plan
+    def __init__(self, samples: int, findings: Findings) -> None:
+        self.samples, self.findings = samples, findings
         self.looking = False
         self._codes: Tensor | None = None
         self._limits = WIDE
 
     def expect(self, output: Tensor) -> None:
-        """Must be told of every output, to know whether some gradients are in fp16."""
+        """To be called with every hooked output: gradients in fp16 get wider limits."""
         if output.dtype is torch.float16:
             self._limits = HALF
 
     def look(self, calls: Sequence[Call], logits: Tensor, coefficients: Tensor, generator: torch.Generator) -> None:
-        """Backwards for the calls' `receive`, unless all their axes are known; the one that is scored must come next.
+        """Runs the backward with codes, which the calls pass to `receive`, unless all axes are known.
 
-        It is the one that codes are compared with, but for fp16, where both are scaled up (see axis.py).
+        The backward that is scored must come next: it is the plain one of the comparison. In fp16 a plain one runs here
+        too, since both have to be scaled up (see axis.py).
         """
         # What one probe leaves open, the next has to look at again: its gradient may be in other rows.
-        if self.samples == 1 or (not self.plan.changing and all(call.known in self.plan.axes for call in calls)):
+        if self.samples == 1 or (not self.findings.changing and all(call.key in self.findings.axes for call in calls)):
             return
         self.looking = True
         for call in calls:
             call.seen.clear()
         if self._limits is HALF:
-            while not self._fits(calls, logits, coefficients * self.plan.scale) and self.plan.scale > 1:
-                self.plan.scale /= STEP
-            coefficients = coefficients * self.plan.scale
+            while not self._fits(calls, logits, coefficients * self.findings.scale) and self.findings.scale > 1:
+                self.findings.scale /= STEP
+            coefficients = coefficients * self.findings.scale
         self._codes = codes(self.samples, generator)
         code = self._codes.to(logits.device, logits.dtype)
         (logits * (coefficients * code[:, None])).sum().backward(retain_graph=True)
@@ -64,13 +65,13 @@ class Observer:
         if self.samples == 1:
             return Axis(0, True)
         if not call.seen or self._codes is None:
-            return self.plan.axes.get(call.known)
+            return self.findings.axes.get(call.key)
         *plain, (coded, _) = call.seen
         values, norms = plain[0] if plain else row_values(gradient, call.features)
         floor = HALF.floor if gradient.dtype is torch.float16 else WIDE.floor
         axes, said = consistent(coded, values, norms, self._codes, self._limits._replace(floor=floor))
         if said and len(axes) == 1:
-            self.plan.axes[call.known] = axes[0]
+            self.findings.axes[call.key] = axes[0]
         if len(axes) > 1 and bool((norms > 0).logical_and_(norms * self._codes.abs().min().item() <= floor).any()):
             return None  # they may differ in rows that are too small to tell
         # Several axes differ in rows without gradient only, so for this batch each is right.
@@ -78,7 +79,8 @@ class Observer:
 
     def finish(self, calls: Sequence[Call]) -> None:
         """To be called when the backward that is scored has ended."""
-        for call in calls if self._codes is not None else ():
-            if not call.reached:
-                self.plan.axes.setdefault(call.known, None)
+        if self._codes is not None:
+            for call in calls:
+                if not call.reached:
+                    self.findings.axes.setdefault(call.key, None)
         self._codes = None

@@ -51,9 +51,9 @@ def add_squares_by_func(
 
             for _ in gradients_one_by_one(model, parameters, forward, batch, probe, receive, range(start, stop)):
                 pass
-            continue
-        for name, gradients_of_all in found.items():
-            ledger[name].add(gradients_of_all.to(ledger[name].values.dtype).square().sum(0))
+        else:
+            for name, gradients in found.items():
+                ledger[name].add(gradients.to(ledger[name].values.dtype).square().sum(0))
 
 
 def _by_vmap(
@@ -100,7 +100,7 @@ def _unwritten(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_to_cast(module: nn.Module, *args: object, **kwargs: object) -> None:
-    """What `Module.to` calls: a forward that does so would write a transform's tensors into the model, and crash."""
+    """In place of what `Module.to` calls: casts in a forward would write a transform's tensors into the model."""
     raise RuntimeError(f"{type(module).__name__} is cast or moved in the forward")
 
 

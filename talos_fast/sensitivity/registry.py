@@ -17,11 +17,15 @@ CASTING: set[Callable[..., Any]] = {torch.Tensor.to, torch.Tensor.float, torch.T
 CUTTING: set[Callable[..., Any]] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 """Functions through which no gradient flows."""
 
+
+def named(names: str) -> list[Callable[..., Any]]:
+    """The functions of these names, as methods of a tensor and as functions of torch."""
+    found = [getattr(owner, name, None) for owner in (torch.Tensor, torch) for name in names.split()]
+    return [function for function in found if function is not None]
+
+
 CHOOSING: set[Callable[..., Any]] = {
-    torch.nonzero, torch.Tensor.nonzero, torch.masked_select, torch.Tensor.masked_select,
-    torch.argsort, torch.Tensor.argsort, torch.sort, torch.Tensor.sort, torch.unique, torch.Tensor.unique,
-    torch.argwhere, torch.Tensor.argwhere, torch.msort, torch.Tensor.msort, torch.topk, torch.Tensor.topk,
-    torch.unique_consecutive, torch.Tensor.unique_consecutive,
+    *named("nonzero argwhere masked_select sort msort argsort topk unique unique_consecutive"),
     torch._C._VariableFunctions._pack_padded_sequence, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__,
     torch.Tensor.item, torch.Tensor.__index__, torch.Tensor.__int__,
 }  # fmt: skip

@@ -16,7 +16,7 @@ from talos_fast.errors import TalosError
 from talos_fast.forward import Forward, check_logits, logits_of
 from talos_fast.modules import device_of, usable_device
 from talos_fast.ranks import Ranks
-from talos_fast.sensitivity.calls import Plan
+from talos_fast.sensitivity.calls import Findings
 from talos_fast.sensitivity.capture import Capture
 from talos_fast.sensitivity.estimators import Draws, Estimator, check_estimator, check_probed, injected, probe
 from talos_fast.sensitivity.evaluation import scoring_mode
@@ -49,7 +49,7 @@ class Scorer:
     estimator: Estimator
     repeats: int
     precision: Precision
-    plan: Plan = field(default_factory=Plan)
+    findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
         check_estimator(self.estimator)
@@ -100,7 +100,7 @@ class Scorer:
                 batch = differentiable(to_device(batch, device))
                 size = len(labels_of(batch, where))
                 if self._examined < min(size, SAMPLES):  # again, if the first batch was of one sample
-                    examine(self.model, self.parameters, self.forward, batch, where, self.plan, self._random)
+                    examine(self.model, self.parameters, self.forward, batch, where, self.findings, self._random)
                     self._examined = min(size, SAMPLES)
                 draws = [
                     Draws(seed, [(count + n) * ranks.world + ranks.rank for n in range(size)], repeat)
@@ -119,14 +119,14 @@ class Scorer:
 
     def _add(self, batch: Batch, ledger: Ledger, draws: Sequence[Draws], sampled: Tensor | None, where: str) -> None:
         """Adds one batch: captured parameters by one backward a probe, the others by torch.func."""
-        captured = {name: self.parameters[name] for name in ledger if name not in self.plan.uncovered}
+        captured = {name: self.parameters[name] for name in ledger if name not in self.findings.uncovered}
         done = dict.fromkeys(ledger, 0)
 
         def square(name: str, uses: list[Use]) -> None:
             add_squares(uses, ledger[name], self.precision)
             done[name] += 1
 
-        with Capture(captured, len(labels_of(batch, where)), self.plan, square) as capture:
+        with Capture(captured, len(labels_of(batch, where)), self.findings, square) as capture:
             logits, labels = logits_of(self.forward, self.model, batch, where)
         check_logits(logits, labels, where)
         check_probed(self.estimator, logits, sampled, where)
@@ -135,7 +135,7 @@ class Scorer:
         capture.run(logits, probes, self._random)
         self._announce()
         for n, coefficients in enumerate(probes):
-            rest = [name for name in ledger if name in self.plan.uncovered and done[name] <= n]
+            rest = [name for name in ledger if name in self.findings.uncovered and done[name] <= n]
             if rest:
                 parameters = {name: self.parameters[name] for name in rest}
                 add_squares_by_func(self.model, parameters, ledger, self.forward, batch, coefficients)
@@ -143,7 +143,7 @@ class Scorer:
     def _announce(self) -> None:
         """Says once for every parameter, in one line a reason, that it is not captured."""
         reasons: dict[str, list[str]] = {}
-        for name, reason in self.plan.uncovered.items():
+        for name, reason in self.findings.uncovered.items():
             if name not in self._announced:
                 reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():

@@ -28,7 +28,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def patterns(given: str | Iterable[str] | None) -> list[str] | None:
     """One pattern, several or none, as a list that can be read again."""
-    return [given] if isinstance(given, str) else None if given is None else list(given)
+    if given is None:
+        return None
+    return [given] if isinstance(given, str) else list(given)
 
 
 def maskable_parameters(

@@ -154,6 +154,5 @@ def _sum_of_earlier_ranks(count: int, group: dist.ProcessGroup | None) -> int:
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """Where the group's backend takes tensors."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
+    on_cuda = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

@@ -106,15 +106,15 @@ class Accumulator:
 
     def add_outer(self, use: Outer, precision: Precision) -> None:
         """Adds Σ_n (Σ_t grads ⊗ inputs)² with the fused operator, for the wanted rows only."""
-        inputs, grads, first, ins = use.inputs, use.grads, use.first, use.inputs.shape[2]
-        count = grads.shape[2]
+        inputs, grads = use.inputs, use.grads
+        first, count, ins = use.block
         if self.rows is not None:
             start = first // ins
             begin, end = torch.searchsorted(self.rows, torch.tensor([start, start + count], device="cpu")).tolist()
             if end - begin < count:
                 count = end - begin
-                # Tokens 16 bytes apart, or multiples of it, even in 16 bits: CUDA copies those as they are, others
-                # entry by entry. What fills up (row 0) is cut off again below.
+                # Filled up to a multiple of 8 with row 0, which is cut off again below: tokens then lie a multiple of
+                # 16 bytes apart even in 16 bits, and CUDA copies them whole instead of entry by entry.
                 chosen = F.pad(self.rows[begin:end] - start, (0, -count % 8))
                 grads = grads[..., chosen.to(grads.device)]
             first = begin * ins

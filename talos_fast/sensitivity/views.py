@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talos_fast.sensitivity.capture import Capture
-from talos_fast.sensitivity.registry import ALIASING, CASTING, RULES, UncoveredError, rule
+from talos_fast.sensitivity.registry import ALIASING, CASTING, RULES, UncoveredError, named, rule
 
 _VIEWS = (
     "view reshape flatten unflatten unsqueeze squeeze permute transpose t movedim narrow select chunk split unbind "
@@ -28,13 +28,7 @@ _IN_PLACE = "add_ sub_ mul_ div_ __iadd__ __isub__ __imul__ __itruediv__"
 _POINTWISE = "neg exp sigmoid tanh abs square sqrt rsqrt reciprocal pow clamp __neg__ __pow__"
 
 
-def _named(names: str) -> list[Callable[..., Any]]:
-    """The functions of these names, as methods of a tensor and as functions of torch."""
-    found = [getattr(owner, name, None) for owner in (torch.Tensor, torch) for name in names.split()]
-    return [function for function in found if function is not None]
-
-
-ALIASING.update(_named(_VIEWS), _named(_ELEMENTWISE), _named(_POINTWISE), CASTING, {F.embedding, F.softplus})
+ALIASING.update(named(_VIEWS), named(_ELEMENTWISE), named(_POINTWISE), CASTING, {F.embedding, F.softplus})
 ALIASING.update({torch.Tensor.T.__get__, torch.Tensor.mT.__get__})  # type: ignore[attr-defined]
 
 
@@ -51,15 +45,15 @@ def _elementwise(function: Callable[..., Any], capture: Capture, *args: Any, **k
     return function(*(copy if value is tracked[0] else value for value in args), **kwargs)
 
 
-_WRITING = set(_named(_IN_PLACE))
-for _function in [*_named(_ELEMENTWISE), *_WRITING]:
+_WRITING = set(named(_IN_PLACE))
+for _function in [*named(_ELEMENTWISE), *_WRITING]:
     RULES[_function] = partial(_elementwise, _function)
 
 
 @rule(torch.Tensor.expand)
-def expand(capture: Capture, input: Tensor, *sizes: Any, **named: Any) -> Tensor:
+def expand(capture: Capture, input: Tensor, *sizes: Any, **options: Any) -> Tensor:
     """One copy a sample: class tokens, prompts."""
-    return capture.expand(input, input.detach().expand(*sizes, **named).shape)
+    return capture.expand(input, input.detach().expand(*sizes, **options).shape)
 
 
 @rule(torch.Tensor.expand_as)
@@ -69,15 +63,15 @@ def expand_as(capture: Capture, input: Tensor, other: Tensor) -> Tensor:
 
 
 @rule(torch.broadcast_to, torch.Tensor.broadcast_to)
-def broadcast_to(capture: Capture, input: Tensor, *size: Any, **named: Any) -> Tensor:
+def broadcast_to(capture: Capture, input: Tensor, *size: Any, **options: Any) -> Tensor:
     """As `expand`."""
-    return capture.expand(input, input.detach().broadcast_to(*size, **named).shape)
+    return capture.expand(input, input.detach().broadcast_to(*size, **options).shape)
 
 
 @rule(torch.Tensor.repeat)
-def repeat(capture: Capture, input: Tensor, *sizes: Any, **named: Any) -> Tensor:
+def repeat(capture: Capture, input: Tensor, *sizes: Any, **options: Any) -> Tensor:
     """As `expand`, where only dimensions of size 1 are repeated."""
-    sizes = sizes or tuple(named.values())
+    sizes = sizes or tuple(options.values())
     times = tuple(sizes[0]) if isinstance(sizes[0], list | tuple) else sizes
     padded = (1,) * (len(times) - input.dim()) + tuple(input.shape)
     if any(size != 1 and count != 1 for size, count in zip(padded, times, strict=True)):

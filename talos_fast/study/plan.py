@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from talos_fast.alpha_search import GRID, AlphaSearch
-from talos_fast.arguments import check_weight_decay, checked_seed, resolve_density
+from talos_fast.alpha_search import GRID, AlphaSearch, check_control_floor
+from talos_fast.arguments import check_weight_decay, checked_seed, require_integer, resolve_density
 from talos_fast.errors import TalosError
 from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
@@ -69,14 +69,12 @@ class Plan:
             if self.extend and len(rates) < 2:
                 raise TalosError(f"extend={self.extend}: {method!r} has one learning rate, and no proportion; give two")
         for name, least in LEAST.items():
-            count = getattr(self, name)
-            if count is not None and not (isinstance(count, int) and count >= least):
-                raise TalosError(f"{name}={count}: must be an integer, at least {least}")
+            if (count := getattr(self, name)) is not None:
+                require_integer(name, count, least)
         for name in ("addition_grid", "negation_grid"):
             if not _ascends(getattr(self, name)):
                 raise TalosError(f"{name}={getattr(self, name)}: give finite numbers, ascending")
-        if not 0 <= self.control_floor <= 1:
-            raise TalosError(f"control_floor={self.control_floor}: give a fraction of the control accuracy, 0 to 1")
+        check_control_floor(self.control_floor)
         resolve_density(self.density)
         check_weight_decay(self.weight_decay)
         checked_seed("seed", self.seed)

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import zipfile
 import zlib
 from collections import defaultdict
@@ -86,7 +87,7 @@ def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, S
     roots = {split: path / name for split, name in named_splits(folders, path).items()}
     if "train" not in roots:
         raise TalosError(f"{path}: found no train folder; lay images out as train/<class>/*.png and test/<class>/*.png")
-    classes = [folder.name for folder in _class_folders(roots["train"])]
+    classes = [folder.name for folder in class_folders(roots["train"])]
     if not classes:
         raise TalosError(f"{roots['train']}: found no class folders; lay images out as train/<class>/*.png")
     if names is None:
@@ -109,19 +110,24 @@ def _read_folder(path: Path, names: tuple[str, ...] | None) -> tuple[dict[str, S
     return found, names
 
 
-def _class_folders(root: Path) -> list[Path]:
+def class_folders(root: Path) -> list[Path]:
     """All but hidden ones, such as .ipynb_checkpoints."""
     return sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Those below it, but hidden ones, such as ._NAME of macOS."""
+    below = (f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
+    return sorted(f for f in below if not any(part[0] == "." for part in f.relative_to(folder).parts))
 
 
 def _read_class_folders(root: Path, classes: list[str]) -> Split:
     inputs: list[Path] = []
     labels: list[int] = []
-    for folder in _class_folders(root):
+    for folder in class_folders(root):
         if folder.name not in classes:
             raise TalosError(f"{folder}: train has no class {folder.name!r}; use the same class folders in every split")
-        below = (f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
-        files = sorted(f for f in below if not any(part[0] == "." for part in f.relative_to(folder).parts))
+        files = images_in(folder)
         inputs.extend(files)
         labels.extend([classes.index(folder.name)] * len(files))
     if not inputs:
@@ -201,11 +207,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string of whole characters: JSON can spell halves, which no tokenizer takes."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    """Whether it is a string without lone surrogates: JSON can spell them, and no tokenizer takes them."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _parse_row(line: str, where: str) -> tuple[str, str, int | str]:

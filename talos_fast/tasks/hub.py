@@ -26,7 +26,7 @@ def load_dataset(
     Args:
         source: a folder of parquet, JSON lines or CSV files whose names hold their split, one that `save_to_disk`
             wrote, or ``user/name`` on the Hub.
-        revision: of the Hub: a commit, in full, so that the same data come again.
+        revision: on the Hub: the full hash of a commit, which pins the data.
         config: of the data set, if it has several.
         cache_dir: of `datasets`.
 

@@ -164,5 +164,5 @@ def story_cloze_rows(folder: Path) -> dict[str, list[Row]]:
                 f"{folder}: no CSV file of the {split} stories; ask the authors for both, and put them here"
             )
         with files[0].open(newline="", encoding="utf-8") as file:
-            rows[split] = [row for row in csv.DictReader(file)]
+            rows[split] = list(csv.DictReader(file))
     return rows

@@ -1,7 +1,7 @@
 """The paper's two suites as presets: their tasks, controls, epochs, prompts and splits, read from a folder of data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _named(task: Task) -> Task:
     names = tuple(vision_names.EUROSAT.get(name, name) for name in task.class_names)
     if task.name == "gtsrb" and len(names) == len(vision_names.GTSRB):
         names = vision_names.GTSRB
-    return Task(task.name, names, task.templates, task.train, task.validation, task.test)
+    return replace(task, class_names=names)
 
 
 def _imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from talos_fast.errors import TalosError, needs
 from talos_fast.tasks.base import Split
-from talos_fast.tasks.files import IMAGE_SUFFIXES
+from talos_fast.tasks.files import class_folders, images_in
 from talos_fast.tasks.splits import hold_out
 from talos_fast.tasks.vision_names import DIGITS, GTSRB
 
@@ -175,11 +175,11 @@ def _images(files: list[Path], labels: Sequence[int] | npt.NDArray[np.int64]) ->
 
 
 def _subfolders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir())
+    return [folder.name for folder in class_folders(root)]
 
 
 def _class_images(root: Path, classes: Sequence[str]) -> tuple[list[Path], npt.NDArray[np.int64]]:
-    files = [sorted(p for p in (root / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) for name in classes]
+    files = [images_in(root / name) for name in classes]
     labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
     return [path for group in files for path in group], labels.astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Coverage masks: how much of each pixel a letter, shape, group of dots or pattern covers.
+"""Coverage: how much of each pixel a letter, shape, group of dots or pattern covers.
 
 Every function returns float32 of shape (32, 32) with values in [0, 1]. Positions and lengths are fractions of the
 image side, angles are degrees.
@@ -16,10 +16,10 @@ from talos_fast.errors import needs
 SIDE = 32
 _FINE = 3 * SIDE  # drawn three times finer, then averaged: smooth edges
 
-Mask = npt.NDArray[np.float32]
+Coverage = npt.NDArray[np.float32]
 
 
-def glyph(text: str, font: str, *, centre: tuple[float, float], height: float, tilt: float) -> Mask:
+def glyph(text: str, font: str, *, centre: tuple[float, float], height: float, tilt: float) -> Coverage:
     """`text` in one of the fonts that matplotlib ships, such as "DejaVuSans.ttf"."""
     canvas, draw = _canvas()
     points = max(6, round(1.35 * height * _FINE))
@@ -36,7 +36,7 @@ def glyph(text: str, font: str, *, centre: tuple[float, float], height: float, t
     return _reduce(moved)
 
 
-def shape(name: str, *, centre: tuple[float, float], radius: float, tilt: float, outline: bool = False) -> Mask:
+def shape(name: str, *, centre: tuple[float, float], radius: float, tilt: float, outline: bool = False) -> Coverage:
     """One of `concepts.SHAPES`, filled or as an outline."""
     canvas, draw = _canvas()
     x, y, r = centre[0] * _FINE, centre[1] * _FINE, radius * _FINE
@@ -60,7 +60,7 @@ def shape(name: str, *, centre: tuple[float, float], radius: float, tilt: float,
     return _reduce(canvas)
 
 
-def dots(centres: npt.NDArray[np.float64], radii: npt.NDArray[np.float64]) -> Mask:
+def dots(centres: npt.NDArray[np.float64], radii: npt.NDArray[np.float64]) -> Coverage:
     """Filled dots at `centres` (N, 2) with `radii` (N,)."""
     canvas, draw = _canvas()
     for (x, y), radius in zip(centres * _FINE, radii * _FINE, strict=True):
@@ -68,7 +68,7 @@ def dots(centres: npt.NDArray[np.float64], radii: npt.NDArray[np.float64]) -> Ma
     return _reduce(canvas)
 
 
-def strokes(ends: npt.NDArray[np.float64], width: float) -> Mask:
+def strokes(ends: npt.NDArray[np.float64], width: float) -> Coverage:
     """Straight lines between `ends` (N, 2 ends, 2 coordinates): clutter."""
     canvas, draw = _canvas()
     for start, end in ends * _FINE:
@@ -76,7 +76,7 @@ def strokes(ends: npt.NDArray[np.float64], width: float) -> Mask:
     return _reduce(canvas)
 
 
-def pattern(name: str, *, period: float, phase: tuple[float, float], tilt: float, rng: np.random.Generator) -> Mask:
+def pattern(name: str, *, period: float, phase: tuple[float, float], tilt: float, rng: np.random.Generator) -> Coverage:
     """One of `concepts.PATTERNS` over the whole image; `rng` places the speckles."""
     axis = (np.arange(_FINE) + 0.5) / _FINE / period
     x, y = np.meshgrid(axis + phase[0], axis + phase[1])
@@ -97,7 +97,7 @@ def pattern(name: str, *, period: float, phase: tuple[float, float], tilt: float
     else:  # rings around a point near the middle
         middle = 0.5 / period
         on = np.hypot(x - 2 * phase[0] * 0.8 - middle, y - 2 * phase[1] * 0.8 - middle) % 1 < 0.5
-    covered: Mask = on.reshape(SIDE, 3, SIDE, 3).mean((1, 3)).astype(np.float32)
+    covered: Coverage = on.reshape(SIDE, 3, SIDE, 3).mean((1, 3)).astype(np.float32)
     return covered
 
 
@@ -106,7 +106,7 @@ def _canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def _reduce(image: Image.Image) -> Mask:
+def _reduce(image: Image.Image) -> Coverage:
     return np.asarray(image.reduce(_FINE // SIDE)).astype(np.float32) / np.float32(255)
 
 
