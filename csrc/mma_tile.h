@@ -8,7 +8,8 @@
 //
 // 16-bit operands go to mma.sync as they are, with exact products and fp32 sums. An fp32 operand x is split into
 // bfloat16 high = round(x) and low = round(x - high), and high*high + high*low + low*high is summed: each product is
-// off by at most 3 * 2^-18 of itself. NaN and infinity become NaN.
+// off by less than 2^-15 of itself, low*low up to 2^-16 and what low leaves of each operand up to 2^-17. Of operands
+// below 2^-117 low is subnormal, and they lose more. NaN, infinity and what rounds beyond bfloat16 become NaN.
 #pragma once
 
 #include "mma_layout.h"

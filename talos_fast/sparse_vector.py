@@ -34,6 +34,8 @@ class SparseVector:
     base: Fingerprint
     info: dict[str, Any]
 
+    __array_ufunc__ = None  # or NumPy would make an array of vectors, one an entry
+
     @classmethod
     def from_deltas(
         cls,
@@ -69,7 +71,7 @@ class SparseVector:
 
     def __radd__(self, other: object) -> Self:
         """Lets ``sum([a, b, c])`` start from 0."""
-        if other == 0:
+        if isinstance(other, Real) and other == 0:
             return self
         return NotImplemented
 
@@ -87,8 +89,8 @@ class SparseVector:
     def __truediv__(self, divisor: float | Tensor) -> Self:
         if not _is_factor(divisor):
             return NotImplemented
-        if not float(divisor):
-            raise TalosError("a task vector divided by 0")
+        if not float(divisor) or math.isinf(divisor):
+            raise TalosError(f"a task vector divided by {float(divisor):g}")
         return self * (1.0 / float(divisor))
 
     def __neg__(self) -> Self:

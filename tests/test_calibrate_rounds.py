@@ -8,7 +8,7 @@ from test_calibrate import batches, model
 
 from talos_fast import TalosError, calibrate
 from talos_fast.ranks import Ranks
-from talos_fast.rounds import RoundFile, Survivors
+from talos_fast.rounds import RoundFile, Survivors, data_digest
 from talos_fast.sensitivity.scorer import Scorer
 from talos_fast.stability import watched_rows
 
@@ -41,6 +41,27 @@ def test_the_rows_that_are_watched_are_those_of_every_run(monkeypatch):
     parameters = dict(model().named_parameters())
     once, again = watched_rows(parameters), watched_rows(parameters)
     assert len(once["2.weight"]) < 20 and all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_before_the_first_round_nothing_is_stable():
+    assert Survivors.all(dict(model().named_parameters()), halves=True).stability is None
+
+
+def test_what_a_file_keeps_is_what_is_taken_up(tmp_path):
+    parameters = {"odd:name": torch.zeros(3), **dict(model().named_parameters())}
+    file = RoundFile(tmp_path, {}, resume=True)
+    state = replace(Survivors.all(parameters, halves=True), round=2, seconds=3.5, samples=7)
+    file.save(state, Ranks())
+    found = file.load(parameters, Ranks())
+    assert (found.round, found.seconds, found.samples, len(found.halves)) == (2, 3.5, 7, 2)
+    del parameters["odd:name"]
+    with pytest.raises(TalosError, match="of a run with parameters="):
+        file.load(parameters, Ranks())
+
+
+def test_of_no_batch_there_is_a_digest_too():
+    """What is missing is said by who reads them."""
+    assert data_digest([], Ranks()) == "0"
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(tmp_path, monkeypatch):

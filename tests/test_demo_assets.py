@@ -1,11 +1,14 @@
 """The demo's tasks and tiny CLIP: sound data, weights that load, a starting point with room to improve."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("open_clip")
 pytest.importorskip("skimage")
@@ -78,6 +81,24 @@ def test_photographs_are_split_by_region(name: str) -> None:
     parts = [set(photos.tiles(name, part)) for part in ("train", "validation", "test")]
     assert all(parts)
     assert len(set.union(*parts)) == sum(len(part) for part in parts)
+    side = photos._PHOTOS[name][3]
+    pairs = itertools.combinations(set.union(*parts), 2)
+    assert all(max(abs(x - u), abs(y - v)) >= side for (x, y), (u, v) in pairs), "no two share a pixel"
+
+
+def test_a_crop_lies_within_one_tile_of_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, boxes, rng = Image.Image.crop, [], np.random.default_rng(0)
+
+    def watched(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+        boxes.append(box)
+        return crop(image, box)
+
+    monkeypatch.setattr(Image.Image, "crop", watched)
+    for _ in range(20):
+        photos.surface(rng, "coins", "test", (0.4, 0.7), grey=True)
+    side, corners = photos._PHOTOS["coins"][3], photos.tiles("coins", "test")
+    for left, top, right, bottom in boxes:
+        assert any(x <= left < right <= x + side and y <= top < bottom <= y + side for x, y in corners)
 
 
 def test_control_shares_no_class_with_the_targets(all_tasks: dict[str, Task]) -> None:
@@ -150,6 +171,8 @@ def test_tokenizer_puts_the_highest_id_at_the_end() -> None:
     tokenizer = WordTokenizer(["A", "a", "letter", "the"], context_length=6)
     assert tokenizer(["the letter A.", "a"]).tolist() == [[1, 5, 4, 2, 6, 0], [1, 3, 6, 0, 0, 0]]
     assert tokenizer.vocab_size == 7
+    assert tokenizer("the a letter A").tolist() == [[1, 5, 3, 4, 2, 6]], "as many words as fit"
+    assert tokenizer([]).shape == (0, 6)
 
 
 @pytest.mark.parametrize(("text", "message"), [("a zebra", r"does not know \['zebra'\]"), ("a a a a a", "5 words")])
@@ -161,9 +184,18 @@ def test_tokenizer_refuses(text: str, message: str) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(TalosError, match=CONFIG_NAME):
         load_backbone(folder=tmp_path)
+    for text in ("{", "{}", "[]"):
+        (tmp_path / CONFIG_NAME).write_text(text)
+        with pytest.raises(TalosError, match=f"{CONFIG_NAME}: not the description of a tiny CLIP"):
+            load_backbone(folder=tmp_path)
     (tmp_path / CONFIG_NAME).write_text((FOLDER / CONFIG_NAME).read_text())
     with pytest.raises(TalosError, match=WEIGHTS_NAME):
         load_backbone(folder=tmp_path)
     (tmp_path / WEIGHTS_NAME).write_bytes((FOLDER / WEIGHTS_NAME).read_bytes()[:1000])
     with pytest.raises(TalosError, match=WEIGHTS_NAME):
+        load_backbone(folder=tmp_path)
+    weights = load_file(FOLDER / WEIGHTS_NAME)
+    del weights["logit_scale"]
+    save_file(weights, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(TalosError, match="not the weights that tiny_clip.json describes"):
         load_backbone(folder=tmp_path)

@@ -5,7 +5,7 @@ import torch
 from methods_cases import case, checkpointed
 
 from talos_fast import Mask, finetune
-from talos_fast.gradient_checkpointing import lean_checkpointing
+from talos_fast.gradient_checkpointing import is_checkpointed_block, lean_checkpointing
 
 
 def upper_mask(model) -> Mask:
@@ -109,6 +109,21 @@ def test_models_of_others_are_left_alone(tmp_path):
         before = state(model)
         with lean_checkpointing(model):
             assert state(model) == before
+
+
+def test_a_block_checkpoints_once_it_is_asked_to(tmp_path):
+    model = case("bert", tmp_path)[0]
+    assert not any(map(is_checkpointed_block, model.modules()))
+    assert sum(map(is_checkpointed_block, checkpointed(model, "bert").modules())) == 2
+
+
+def test_without_checkpointing_an_embedding_keeps_its_hook(tmp_path):
+    """As of adapters, which may train by it."""
+    model = case("bert", tmp_path)[0]
+    model.encoder.enable_input_require_grads()
+    before = state(model)
+    with lean_checkpointing(model):
+        assert state(model) == before
 
 
 def test_hooks_that_are_new_stay_and_peft_s_goes(tmp_path):

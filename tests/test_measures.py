@@ -296,6 +296,68 @@ def test_pictures(tmp_path):
         picture(tmp_path / f"{name}.png")
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The axes of the figures that would be written."""
+    found = []
+    for module in (plots.disentanglement, plots.efficiency, plots.masks, plots.matrices):
+        monkeypatch.setattr(module, "save", lambda figure, path: found.append(figure.axes))
+    return found
+
+
+def images(axes) -> list:
+    return [axis.images[0] for axis in axes if axis.images]
+
+
+def test_a_matrix_has_its_numbers_in_its_cells_and_none_where_there_is_none(drawn):
+    plots.plot_matrix([[0.0, 1.0], [0.25, float("nan")]], "m.png", rows="ab", columns="xy", label="accuracy")
+    axis = drawn[0][0]
+    texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axis.texts}
+    assert texts == {(0, 0): ("0.00", "w"), (1, 0): ("1.00", "k"), (0, 1): ("0.25", "w")}
+    assert axis.images[0].get_clim() == (0, 1)
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("task", "task vector")
+    assert ["".join(tick.get_text() for tick in ticks()) for ticks in (axis.get_xticklabels, axis.get_yticklabels)] == [
+        "xy", "ab",
+    ]  # fmt: skip
+
+
+def test_each_panel_of_the_interference_shows_what_it_says(drawn):
+    report = talos.interference(vectors()[0])
+    plots.plot_interference(report, "i.png")
+    panels = {axis.get_title(): axis.images[0] for axis in drawn[0] if axis.images}
+    assert {name.split()[0]: image.get_array().tolist() for name, image in panels.items()} == {
+        "cosine": [*map(list, report.cosine)], "overlap": [*map(list, report.overlap)],
+        "opposite": [*map(list, report.sign_conflict)], "share": [*map(list, report.shared_norm)],
+    }  # fmt: skip
+    assert [image.get_clim() for image in panels.values()] == [(-1, 1), (0, 1), (0, 1), (0, 1)]
+
+
+def test_the_heat_map_of_a_pair_has_the_first_task_from_left_to_right(drawn):
+    errors = torch.tensor([[0.0, 0.5], [1.0, 1.5]])
+    plots.plot_disentanglement(errors, [0.0, 1.0], "xi.png", tasks=("a", "b"))
+    plots.plot_disentanglement(errors[:1, :1], [0.25], "xi.png", tasks=("a", "b"))
+    pair, single = (images(axes)[0] for axes in drawn)
+    assert pair.get_array().tolist() == errors.T.tolist() and pair.origin == "lower" and pair.get_clim() == (0, 2)
+    assert tuple(pair.get_extent()) == (-0.5, 1.5, -0.5, 1.5) and tuple(single.get_extent())[:2] == (-0.25, 0.75)
+    assert (drawn[0][0].get_xlabel(), drawn[0][0].get_ylabel()) == ("α of a", "α of b")
+
+
+def test_efficiency_is_drawn_in_percent_from_zero_and_for_many_methods(drawn):
+    rows = [{"method": str(n), "seconds": 1.0 + n, "memory_gib": None, "accuracy": 0.5} for n in range(9)]
+    plots.plot_efficiency(rows, "e.png")
+    time, memory = drawn[0]
+    assert [tuple(points.get_offsets()[0]) for points in time.collections] == [(1.0 + n, 50.0) for n in range(9)]
+    assert time.get_xlim() == pytest.approx((0, 1.2 * 9.0))
+    assert not memory.collections and [text.get_text() for text in memory.texts] == ["not measured"]
+
+
+def test_a_kind_that_one_mask_lacks_has_no_density_there(drawn):
+    masks = {name: Mask({f"a.{name}.weight": torch.ones(2, 2) > 0}) for name in "qk"}
+    plots.plot_mask_overlap(masks, "m.png")
+    overlap, density = (image.get_array().tolist() for image in images(drawn[0]))
+    assert overlap == [[1.0, 0.0], [0.0, 1.0]] and density == [[1.0, None], [None, 1.0]]
+
+
 def test_pictures_refuse(tmp_path):
     with pytest.raises(TalosError, match="row 0: lacks memory_gib, accuracy"):
         plots.plot_efficiency([{"method": "x", "seconds": 1}], tmp_path / "a.png")

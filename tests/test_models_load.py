@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 from tiny_models import WordTokenizer, image_task, text_task, tiny_clip, write_bert, write_t5, write_tokenizer
+from torch import nn
 
 from talos_fast import models
 from talos_fast.demo import coverage
 from talos_fast.errors import TalosError
+from talos_fast.models.timm import _load_weights
 
 
 def test_load_by_name(tmp_path, caplog):
@@ -51,6 +53,21 @@ def test_timm_weights_of_a_model_with_two_heads(tmp_path, caplog):
     expected = {name: p for name, p in full.named_parameters() if not name.startswith(("head.", "head_dist."))}
     assert encoder.state_dict().keys() == expected.keys() and "random weights" not in caplog.text
     assert all(torch.equal(p, expected[name]) for name, p in encoder.named_parameters())
+
+
+def test_only_the_head_is_left_out_of_timm_weights_not_what_begins_like_it(tmp_path):
+    class Encoder(nn.Module):
+        pretrained_cfg = {"classifier": "fc"}  # noqa: RUF012
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc_norm = nn.LayerNorm(3)
+
+    torch.save({"fc_norm.weight": torch.ones(3), "fc_norm.bias": torch.ones(3), "fc.weight": torch.ones(2, 3)},
+               tmp_path / "model.pth")  # fmt: skip
+    encoder = Encoder()
+    _load_weights(encoder, tmp_path / "model.pth")
+    assert torch.equal(encoder.fc_norm.bias, torch.ones(3))
 
 
 def test_open_clip_by_name_knows_quick_gelu(tmp_path, monkeypatch, caplog):

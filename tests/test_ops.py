@@ -84,7 +84,7 @@ def test_more_samples_than_the_workspace_holds(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_time_first_and_channels_first_layouts(device, dtype, tokens):
-    scores, inputs, grads = problem(5, tokens, 48, 40, dtype, torch.float32, device)
+    scores, inputs, grads = problem(5, tokens, 136, 40, dtype, torch.float32, device)
     want = exact(scores, inputs, grads)
     inputs = inputs.transpose(0, 1).contiguous().transpose(0, 1)  # (tokens, samples, ins) in memory
     grads = grads.mT.contiguous().mT  # (samples, outs, tokens) in memory
@@ -104,6 +104,14 @@ def test_sixteen_bit_operands_accumulate_in_fp32(device, dtype):
     bound = (2 * products * off + off.square()).sum(0) + 2.0**-22 * want
     kernel(scores, inputs, grads)
     assert ((scores.double() - want).abs() <= bound).all()
+
+
+def test_float64_operands_keep_what_fp32_loses(device):
+    near = torch.tensor([1 + 2.0**-40, -1.0], dtype=torch.float64, device=device).reshape(1, 2, 1)
+    scores, ones = near.new_zeros(1, 1), torch.ones_like(near)
+    kernel(scores, near, ones)
+    kernel(scores, ones, near)
+    assert scores.item() == 2 * 2.0**-80
 
 
 @pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e12])
@@ -142,8 +150,9 @@ def test_matmul_of_tiny_shapes(device, tokens, dtype):
 @pytest.mark.parametrize("run", [torch.ops.talos_fast.accumulate_squared_per_sample_,
                                  accumulate_squared_per_sample_reference])  # fmt: skip
 @pytest.mark.parametrize("score_dtype", DTYPES[:2], ids=str)
-def test_scale_multiplies_squares(run, device, score_dtype):
-    scores, inputs, grads = problem(3, 6, 50, 40, score_dtype, score_dtype, device)
+@pytest.mark.parametrize("samples", [3, 9])  # nine: on tensor cores, parts of the samples that are then added
+def test_scale_multiplies_squares(run, device, samples, score_dtype):
+    scores, inputs, grads = problem(samples, 6, 50, 40, score_dtype, score_dtype, device)
     before, want = scores.double().clone(), exact(scores, inputs, grads)
     run(scores, inputs, grads, torch.tensor(0.125, dtype=score_dtype, device=device))
     torch.testing.assert_close(scores.double(), before + 0.125 * (want - before), **tolerance(scores, inputs))
@@ -154,6 +163,19 @@ def test_leaves_its_inputs_alone(device):
     before = inputs.clone(), grads.clone()
     kernel(scores, inputs, grads)
     assert torch.equal(inputs, before[0]) and torch.equal(grads, before[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("samples", [3, 9])  # nine: in parts, which a second kernel adds
+def test_the_cuda_kernels_run_in_the_current_stream(samples, dtype):
+    """After the stream's work before them, and before the work behind them, whatever other streams do."""
+    scores, inputs, grads = problem(samples, 6, 50, 40, dtype, device="cuda")
+    want = exact(scores, inputs, grads).cpu()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        got = kernel(scores, inputs * 1, grads).cpu()
+    torch.testing.assert_close(got.double(), want, **tolerance(scores, inputs))
 
 
 @pytest.mark.gpu

@@ -55,6 +55,16 @@ def test_the_raw_operator_checks_too(make, device):
     assert torch.equal(args[0], before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stray", range(4), ids=["scores", "inputs", "grad_outputs", "scale"])
+def test_the_raw_operator_refuses_tensors_of_two_devices(stray):
+    """A kernel would read the host's memory."""
+    arguments = [*problem(2, 3, 4, 5, device="cuda"), torch.ones((), device="cuda")]
+    arguments[stray] = arguments[stray].cpu()
+    with pytest.raises((RuntimeError, TalosError), match="device"):
+        torch.ops.talos_fast.accumulate_squared_per_sample_(*arguments)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_opcheck(device, dtype):
     pytest.importorskip("expecttest", reason="opcheck needs expecttest")
@@ -73,12 +83,12 @@ def test_compiles_without_a_graph_break(device):
 
 
 @pytest.mark.parametrize("scale", [torch.ones(2), torch.ones((), dtype=torch.float64)])
-def test_says_what_a_scale_must_be(scale):
-    arguments = problem(2, 3, 4, 5)
-    with pytest.raises(TalosError, match="scale must be one number of torch.float32 on cpu"):
-        accumulate_squared_per_sample_reference(*arguments, scale)
+def test_says_what_a_scale_must_be(scale, device):
+    arguments = *problem(2, 3, 4, 5, device=device), scale.to(device)
+    with pytest.raises(TalosError, match=f"scale must be one number of torch.float32 on {device}"):
+        accumulate_squared_per_sample_reference(*arguments)
     with pytest.raises((RuntimeError, TalosError), match="scale must be one number"):
-        torch.ops.talos_fast.accumulate_squared_per_sample_(*arguments, scale)
+        torch.ops.talos_fast.accumulate_squared_per_sample_(*arguments)
 
 
 def test_says_which_precisions_there_are():

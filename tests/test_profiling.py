@@ -3,7 +3,9 @@
 import copy
 import gzip
 import json
+import mmap
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +166,8 @@ class TestWork:
         # parameter twice and gradient once in whole sectors, two moments twice, one bit an entry of w
         assert step_bytes(p, {"w": mask}) == 3 * 32 * 2 + 16 * 9 + 8 + 28 * 4
         assert touched_sectors(torch.ones(9, dtype=torch.bool)) == 2
+        assert step_bytes({"v": torch.zeros(9)}, {"v": torch.ones(9) > 0}) == 3 * 32 * 2 + 16 * 9 + 2
+        assert step_bytes({"v": torch.zeros(64)}, {"v": torch.arange(64) == 9}) == 3 * 32 + 16 + 2  # 16 bits an entry
 
 
 class Recorded:
@@ -209,6 +213,13 @@ class TestMeasure:
             pytest.skip("this system does not let a process reset its high-water mark")
         assert 60 * 2**20 < found - before < 90 * 2**20
         assert memory.held() < found - 50 * 2**20
+
+    def test_what_is_held_is_what_the_system_counts_in_pages(self):
+        found = Memory(CPU).held()
+        if found is None:
+            pytest.skip("this system does not say")
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        assert found == pytest.approx(pages * mmap.PAGESIZE, rel=0.01)
 
     @pytest.mark.parametrize("compiles", [False, True])
     def test_what_compiling_tries_out_is_not_in_the_peak(self, compiles):
@@ -337,6 +348,30 @@ class TestProfile:
                 talos.profile(Net(), batches(), trace=tmp_path / name, **options)
             assert (tmp_path / name).read_bytes() == before
         assert len(list(tmp_path.iterdir())) == 3
+
+    @pytest.mark.parametrize("clip", [0.25, None])
+    def test_gradients_are_clipped_as_one_asks(self, monkeypatch, clip):
+        limits, clipped = [], nn.utils.clip_grad_norm_
+
+        def watched(parameters, limit):
+            limits.append(limit)
+            return clipped(parameters, limit)
+
+        monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
+        talos.profile(Net(), batches(), method="nonlinear", rounds=1, warmup=0, clip=clip)
+        assert set(limits) == {clip or torch.inf} and len(limits) == 3  # two for the peak, and the round
+
+    @pytest.mark.parametrize("amp", ["off", "bf16"])
+    def test_what_is_measured_is_cast_as_one_asks(self, amp):
+        seen = set()
+
+        def forward(model, batch):
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return model(batch[0])
+
+        found = talos.profile(Net(), batches(), method="nonlinear", forward=forward, amp=amp, rounds=1, warmup=0)
+        assert seen == {amp == "bf16"} == {found.about["bf16"]}
+        assert ("bf16 autocast" if amp == "bf16" else "float32") in str(found)
 
     def test_full_fine_tuning_alone(self):
         assert list(talos.profile(Net(), batches(), method="nonlinear", rounds=1, warmup=0).rows) == ["nonlinear"]

@@ -1,5 +1,6 @@
 """The tables of a study: known figures in the columns of their names."""
 
+import json
 from dataclasses import replace
 
 from talos_fast import report
@@ -23,6 +24,11 @@ def test_a_row_a_method():
 
 def test_a_row_a_task():
     assert report.task_rows(RESULT) == [("a", "20.0", "80.0 / 40.0 / 10.0"), ("b", "40.0", "60.0 / 60.0 / 30.0")]
+
+
+def test_a_row_is_the_same_from_a_file():
+    for row in (ROW, replace(ROW, addition=None, negation={"a": ROW.addition})):
+        assert MethodResult.from_json(json.loads(json.dumps(row.to_json()))) == row
 
 
 def test_what_is_added_is_a_share_of_what_each_task_has_alone():

@@ -42,6 +42,7 @@ def test_buffers_come_back_as_the_same_tensors():
     assert model.linear.weight.requires_grad and model.absent is None
     for name, buffer in model.named_buffers():
         assert buffer is before[name][0] and torch.equal(buffer, before[name][1]), name
+    assert model.expanded.stride() == (0,), "what did not move keeps its memory"
 
 
 class Pressing(TorchFunctionMode):
@@ -114,8 +115,9 @@ def test_modes_come_back_though_a_module_does_not_listen():
     assert model.training and model[0].training
 
 
-def test_gradients_of_meanwhile_are_cleared():
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_gradients_of_meanwhile_are_cleared(mode):
     model = Buffered()
-    with restoring_all_but_parameters(model):
+    with mode(), restoring_all_but_parameters(model):
         model.linear(torch.ones(1, 2)).sum().backward()
     assert model.linear.weight.grad is None and model.linear.bias.grad is None

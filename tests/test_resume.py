@@ -24,7 +24,9 @@ from torch.utils.data import (
 )
 
 from talos_fast import Mask, TalosError, calibrate, finetune
-from talos_fast.checkpoint import Checkpoint, remove
+from talos_fast.checkpoint import Checkpoint, Position, Progress, remove
+from talos_fast.random_state import RandomState
+from talos_fast.ranks import Ranks
 
 
 def net() -> nn.Module:
@@ -41,11 +43,31 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+class Noisy(TensorDataset):
+    """Augments by a generator of its own."""
+
+    generator = None
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.randn(6, generator=self.generator), y
+
+
+def noisy(dataset: TensorDataset) -> Noisy:
+    found = Noisy(*dataset.tensors)
+    found.generator = seeded()
+    return found
+
+
 LOADERS = {
+    "data set's generator": lambda d: DataLoader(noisy(d), 8),
     "sampler's generator": lambda d: DataLoader(d, 8, sampler=RandomSampler(d, generator=seeded())),
     "weighted": lambda d: DataLoader(d, 8, sampler=WeightedRandomSampler(torch.ones(48), 48, generator=seeded())),
     "batch sampler's": lambda d: DataLoader(
         d, batch_sampler=BatchSampler(RandomSampler(d, generator=seeded()), 8, drop_last=False)
+    ),
+    "whole batches": lambda d: DataLoader(
+        [d[n : n + 8] for n in range(0, 48, 8)], batch_size=None, sampler=RandomSampler(range(6), generator=seeded())
     ),
     "persistent workers": lambda d: DataLoader(d, 8, shuffle=True, num_workers=1, persistent_workers=True),
     "epochs": lambda d: DataLoader(d, batch_sampler=BatchSampler(DistributedSampler(d, 1, 0), 8, drop_last=False)),
@@ -80,7 +102,16 @@ def test_calibrate_reads_the_same_batches_after_others_have_drawn(tmp_path):
     options = {"rounds": np.int64(2), "damage": np.float32(0.5), "checkpoint_dir": tmp_path, "progress": False}
     mask = calibrate(net(), loader, seed=np.int64(3), **options)
     finetune(net(), loader, method="nonlinear", epochs=1, progress=False)
+    list(loader)
     assert calibrate(net(), loader, seed=3, **options) == mask
+
+
+def test_finetune_reads_the_same_batches_after_others_have_drawn():
+    loader, models = DataLoader(data(), 8, shuffle=True, generator=seeded()), [net(), net()]
+    for model in models:
+        finetune(model, loader, method="nonlinear", steps=4, progress=False)
+        list(loader)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 def test_devices_that_are_not_used_keep_their_seeds(monkeypatch):
@@ -108,8 +139,10 @@ def test_batches_that_are_never_twice_the_same_are_gone_on_with(tmp_path):
     assert finetune(net(), Drifting(batches[::-1]), **options).info["steps"] == 12
     with pytest.raises(TalosError, match="other batches"):
         finetune(net(), batches[::-1], **options)
-    for _ in range(2):
-        calibrate(net(), Drifting(batches), checkpoint_dir=tmp_path / "mask", progress=False)
+    for read in (0, 5):
+        drifting = Drifting(batches)
+        drifting.read = read
+        calibrate(net(), drifting, checkpoint_dir=tmp_path / "mask", progress=False)
 
 
 def test_an_iterator_cannot_be_read_again_to_see(tmp_path):
@@ -150,6 +183,13 @@ def test_the_loaders_own_generator_is_as_it_was():
     loader = DataLoader(data(), 8, shuffle=True, generator=generator)
     finetune(net(), loader, method="nonlinear", lr=1e-2, steps=7, progress=False)
     assert torch.equal(generator.get_state(), before)
+
+
+def test_generators_of_one_side_are_left_alone():
+    """As where a loader has one of its own that had none when it was interrupted."""
+    loader = DataLoader(data(), 8, shuffle=True, generator=seeded())
+    RandomState(loader, torch.device("cpu")).set(RandomState([], torch.device("cpu")).get())
+    assert torch.equal(loader.generator.get_state(), seeded().get_state())
 
 
 def test_the_seconds_of_an_interrupted_run_count(tmp_path):
@@ -226,6 +266,25 @@ def test_float64_goes_on_bit_for_bit(tmp_path):
     finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_bfloat16_goes_on_with_wide_moments(tmp_path):
+    """Under a mask of everything they have the shape of their parameters, and not the dtype."""
+    batches = [(x.bfloat16(), y) for x, y in DataLoader(data(), 8)]
+    whole, part, resumed = (net().bfloat16() for _ in range(3))
+    mask = Mask({name: torch.ones_like(p, dtype=torch.bool) for name, p in whole.named_parameters()})
+    options = {"mask": mask, "lr": 1e-2, "progress": False}
+    finetune(whole, batches, **options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(part, batches, forward=interrupting(3), checkpoint_dir=tmp_path, **options)
+    finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+def test_before_the_first_step_there_is_nothing_to_keep(tmp_path):
+    start = Progress(Position(), {}, {}, "", torch.tensor(0.0))
+    Checkpoint(tmp_path / "fit", {}, True, Ranks()).save({}, torch.optim.SGD(net().parameters()), start)
+    assert not (tmp_path / "fit").exists()
 
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):

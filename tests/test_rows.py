@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from two_ranks import needs_gloo, on_two_ranks
 
-from talos_fast import MaskedAdam
+from talos_fast import Mask, MaskedAdam
+from talos_fast.methods import Options, Request
+from talos_fast.methods.masked import masked
 from talos_fast.optim.compact_gradient import CompactGradient
 from talos_fast.optim.rows import select_rows
 from talos_fast.optim.selection import select
@@ -426,3 +428,13 @@ def test_training_on_rows_is_the_same_training():
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(runs[1], runs[0])
     torch.testing.assert_close(runs[2], runs[0])
+
+
+def test_a_method_under_a_mask_computes_selected_rows_only():
+    model, mask, x = halves()
+    setup = masked(Request(model, lambda model, x: model(x), 1e-3, 0.1, Options(), None), Mask({"weight": mask}))
+    with setup.around():
+        loss = setup.forward(model, x).sum()
+        with FlopCounterMode(display=False) as flops:
+            loss.backward()
+    assert flops.get_total_flops() == 2 * 3 * 4 * int(mask.any(1).sum())

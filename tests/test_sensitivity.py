@@ -186,6 +186,8 @@ def test_samples_that_interact_are_refused():
     ([(torch.randn(2, 3), torch.tensor([0, 2]))], r"batch 0: labels 0 … 2, but the model has 2 classes"),
     ([(torch.full((2, 3), float("nan")), torch.tensor([0, 1]))], "batch 0: the logits hold NaN"),
     ([torch.randn(2, 3)], r"batch 0: no labels of shape \(N,\), found a Tensor"),
+    ([(torch.randn(2, 3), torch.tensor([0, 1]), None)], r"batch 0: no labels of shape \(N,\), found a tuple"),
+    ([(torch.randn(2, 3), torch.tensor([True, False]))], "batch 0: labels of torch.bool; give class indices"),
     ([(torch.randn(2, 3), torch.zeros(2, 1))], r"batch 0: no labels of shape \(N,\), found labels of shape \(2, 1\)"),
     ([(torch.randn(2, 3), torch.tensor([0.0, float("nan")]))], "batch 0: labels of torch.float32; give class indices"),
 ])  # fmt: skip

@@ -1,7 +1,10 @@
 """Batches, outputs and labels out of the ordinary: taken apart, or refused with the reason."""
 
+import os
 from collections import UserDict
+from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from sensitivity_cases import Net, expected
 from torch import nn
 
 from talos_fast import TalosError
+from talos_fast.batch import take, to_device
 from talos_fast.sensitivity import sensitivities
 
 pytestmark = pytest.mark.usefixtures("logged")
@@ -111,9 +115,31 @@ def test_texts_are_cut_with_their_labels(kind, size):
     def forward(model, batch):
         first, second = batch["pairs"]
         assert batch["size"] == [3, 6] and batch["maybe"] == [1, None] and first == second == batch["texts"]
+        assert batch["classes"] == ["a", "b", "c"] and batch["scale"] == 2
         return model(torch.stack([rows[text] for text in batch["texts"]]))
 
     texts = kind(rows)
     batch = {"texts": texts, "pairs": [texts, texts], "size": [3, 6], "maybe": [1, None], "labels": y}
+    batch |= {"classes": ["a", "b", "c"], "scale": torch.tensor(2.0)}
     found = sensitivities(net, [batch], forward=forward, estimator="empirical")
     assert_equal(found, sensitivities(net, [(x, y)], estimator="empirical"))
+
+
+@pytest.mark.parametrize("make", [os.fsencode, Path])
+def test_bytes_and_paths_are_cut_as_texts_are(make):
+    column = [make(name) for name in "abc"]
+    assert take({"files": column}, 1, 3, 3) == {"files": column[1:]}
+
+
+def test_a_tuple_with_names_is_no_column_of_texts():
+    class Pair(NamedTuple):
+        question: str
+        answer: str
+
+    assert take(Pair("q", "a"), 0, 1, 2) == Pair("q", "a")
+
+
+def test_a_mapping_keeps_its_type():
+    """A forward may ask for what only that type has, such as its keys as attributes."""
+    batch = (encoding({"ids": torch.ones(2)}), torch.ones(2))
+    assert torch.equal(to_device(batch, torch.device("cpu"))[0].ids, torch.ones(2))

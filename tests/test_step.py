@@ -1,5 +1,6 @@
 """A step that the host reads later: bad batches are named, and change no parameter, whatever the lag."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 
@@ -13,10 +14,11 @@ from talos_fast.ranks import Ranks
 from talos_fast.step import Step
 from talos_fast.watch import Watch
 
-KINDS = ("logits", "loss", "gradient", "labels")
+KINDS = ("logits", "one logit", "loss", "loss alone", "gradient", "norm", "labels")
 SAID = {
-    "logits": "logits hold NaN", "loss": "the loss is inf", "gradient": "norm of the gradient is",
-    "labels": "labels 0 … 7",
+    "logits": "logits hold NaN", "one logit": "logits hold NaN", "loss": "the loss is inf",
+    "loss alone": "the loss is inf", "gradient": "norm of the gradient is",
+    "norm": "norm of the gradient is inf", "labels": "labels 0 … 7",
 }  # fmt: skip
 
 
@@ -42,10 +44,18 @@ def make(kind: str | None, lag: int, masked: bool, bad_at: int = 2):
         logits = model(batch[0])
         if calls["forward"] == bad_at and kind == "logits":
             return logits * float("nan")
+        if (
+            calls["forward"] == bad_at and kind == "one logit"
+        ):  # of a class that is no label's: loss and gradient are finite
+            return logits.masked_fill(torch.arange(12).view(4, 3) == 1, -torch.inf)
+        if calls["forward"] == bad_at and kind == "norm":  # of finite entries
+            logits.register_hook(lambda g: g * 1e30)
         return Explode.apply(logits) if calls["forward"] == bad_at and kind == "gradient" else logits
 
     def loss(logits, labels):
         value = nn.functional.cross_entropy(logits, labels)
+        if calls["forward"] == bad_at and kind == "loss alone":
+            return value + float("inf")
         return value * float("inf") if calls["forward"] == bad_at and kind == "loss" else value
 
     clip = partial(optimizer.clip_grad_norm_, entries="selected")
@@ -92,6 +102,50 @@ def test_the_lag_changes_no_bit(masked):
         nets.append(net)
     for first, second in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(first, second)
+
+
+def test_accumulated_batches_weigh_as_one():
+    net, step = make(None, 0, False)
+    x, labels = batch(0)
+    (whole,) = torch.autograd.grad(nn.functional.cross_entropy(net(x), labels), net.weight)
+    halves = Step(step._setup, net, nn.functional.cross_entropy, clip=None, accumulate=2)
+    for rows in (slice(0, 2), slice(2, 4)):
+        halves.backward((x[rows], labels[rows]), "half")
+    torch.testing.assert_close(net.weight.grad, whole)
+
+
+def test_a_setup_clips_in_its_own_way():
+    net, limits = nn.Linear(4, 3), []
+    setup = Setup(
+        dict(net.named_parameters()), torch.optim.SGD(net.parameters()), lambda model, batch: model(batch[0]), dict,
+        clip=lambda limit: limits.append(limit) or torch.tensor(0.5),
+    )  # fmt: skip
+    Step(setup, net, nn.functional.cross_entropy, clip=0.25).clip("batch 0")
+    assert limits == [0.25]
+
+
+def test_all_groups_of_an_optimizer_have_the_rate():
+    net = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD([{"params": [p]} for p in net.parameters()], lr=5.0)
+    setup = Setup(dict(net.named_parameters()), optimizer, lambda model, batch: model(batch[0]), dict)
+    Step(setup, net, nn.functional.cross_entropy, clip=None).update(0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_the_loss_of_float64_is_float64():
+    net, step = make(None, 0, False)
+    net.double()
+    loss = step.forward_loss((batch(0)[0].double(), batch(0)[1]), "batch 0")
+    assert loss.dtype is step.last_loss.dtype is torch.float64
+
+
+def test_labels_are_integers_of_any_width_and_a_loss_may_be_a_list_of_one():
+    _, step = make(None, 0, False)
+    x, labels = batch(0)
+    expected = step.forward_loss((x, labels), "batch 0").detach()
+    step._loss = lambda logits, labels: nn.functional.cross_entropy(logits, labels)[None]
+    assert step.forward_loss((x, labels.to(torch.int32)), "batch 0").shape == (1,)
+    assert torch.equal(step.last_loss, expected)
 
 
 def test_an_optimizer_that_cannot_skip_is_read_at_once():
@@ -157,10 +211,10 @@ class OfTwo(Ranks):
         super().__init__()
         self.world, self.shared = 2, 0
 
-    def maximum(self, tensor: torch.Tensor) -> None:
-        if tensor.is_floating_point():
-            self.shared += 1
-            tensor.fill_(self.shared > 2)
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        *_, bad = tensors
+        self.shared += 1
+        bad.fill_(0.5 if self.shared > 2 else 0.0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

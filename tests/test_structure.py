@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from talos_fast import TalosError
+from talos_fast.plots import masks as pictures
 from talos_fast.plots import plot_mask
+from talos_fast.plots.figure import require_picture
 from talos_fast.structure import density_by_kind, density_by_part, layers_of, parts
 
 
@@ -42,6 +44,10 @@ from talos_fast.structure import density_by_kind, density_by_part, layers_of, pa
     ("encoder.encoder.block.3.layer.1.layer_norm.weight", (2,), ["norm"]),
     ("transformer.h.3.attn.c_attn.weight", (6, 2), ["query", "key", "value"]),
     ("transformer.h.3.attn.c_attn.weight", (4, 2), ["other"]),
+    ("transformer.h.3.attn.c_attn.weight", (9, 2), ["other"]),
+    ("blocks.3.attn.qkv.weight", (7, 2), ["other"]),
+    ("transformer.layer.3.ffn.lin1.weight", (2, 2), ["mlp"]),
+    ("something.fc1.weight", (2, 2), ["mlp"]),
     ("encoder.conv1.weight", (2, 3, 4, 4), ["convolution"]),
     ("encoder.patch_embed.proj.weight", (2, 3, 4, 4), ["convolution"]),
     ("encoder.ln_pre.weight", (2,), ["norm"]),
@@ -77,7 +83,7 @@ def test_the_parts_of_gpt2_are_the_queries_keys_and_values_that_it_computes(cros
     names = dict(block.named_parameters())
     (output,) = parts("h.3.crossattention.c_proj.weight", tuple(names["crossattention.c_proj.weight"].shape))
     (query,) = parts("h.3.crossattention.q_attn.weight", tuple(names["crossattention.q_attn.weight"].shape))
-    assert (output.kind, query.kind) == ("attention output", "query")
+    assert (output.kind, query.kind, query.dim) == ("attention output", "query", 1)
 
 
 def masks() -> dict[str, torch.Tensor]:
@@ -95,6 +101,11 @@ def test_densities_split_fused_projections():
     kinds = density_by_kind(masks())
     assert list(kinds) == ["query", "key", "value", "convolution"]
     assert (kinds["key"].selected, kinds["key"].total) == (8, 16)
+
+
+def test_densities_of_single_and_of_no_entries_come_in_the_order_of_kinds():
+    found = density_by_part({"0.mlp.weight": torch.zeros(0, 3).bool(), "0.q.weight": torch.tensor(True)})
+    assert [(*key, count.density) for key, count in found.items()] == [("0", "query", 1.0), ("0", "mlp", 0.0)]
 
 
 @pytest.mark.parametrize(("names", "layers"), [
@@ -123,6 +134,15 @@ def test_plots_are_pictures(tmp_path):
         plot_mask({}, tmp_path / "none.png")
     with pytest.raises(TalosError, match=r"mask.xyz: pictures are .png, .pdf or .svg"):
         plot_mask(masks(), tmp_path / "mask.xyz")
+    with pytest.raises(TalosError, match="mask.xyz: pictures are"):
+        require_picture(tmp_path / "mask.xyz", "--plot")
+
+
+@pytest.mark.parametrize("name", ["mask", "mask.PNG"])
+def test_a_picture_without_an_ending_or_with_a_loud_one_is_a_png(tmp_path, name):
+    plot_mask({"w": torch.ones(3) > 0}, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_block_is_drawn_without_its_namesakes_and_titles_are_no_formulas(tmp_path):
@@ -137,3 +157,28 @@ def test_a_block_is_drawn_without_its_namesakes_and_titles_are_no_formulas(tmp_p
         with Image.open(tmp_path / "mask.png") as image:
             sizes.append(image.size)
     assert sizes[0] == sizes[1]
+
+
+def test_stacks_that_count_on_are_one_row_of_layers():
+    """As where one numbers the blocks of all stages; their names are left out."""
+    assert list(layers_of(["stage1.0.a", "stage1.0.b", "stage2.1.a"]).values()) == ["0", "0", "1"]
+
+
+def test_the_fullest_block_is_drawn_matrix_by_matrix(monkeypatch):
+    """What is outside of the blocks has more entries, and a bias is no matrix."""
+    figures, fused = [], torch.zeros(6, 4, dtype=torch.bool)
+    fused[:2] = True
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
+    block = {"qkv.weight": ~fused, "qkv.bias": torch.ones(6) > 0, "conv.weight": torch.ones(2, 3, 2, 2) > 0}
+    found = {"stem.conv.weight": torch.ones(9, 3, 4, 4) > 0, "blocks.0.qkv.weight": fused}
+    plot_mask(found | {f"blocks.1.{name}": mask for name, mask in block.items()}, "mask.png")
+    plot_mask({"w": torch.ones(3, 3) > 0}, "mask.png")
+    assert [figure.get_suptitle() for figure in figures] == [
+        "mask structure; below: the weights of block 1", "mask structure",
+    ]  # fmt: skip
+    drawn = {axis.get_title().split("\n")[0]: axis.images[0] for axis in figures[0].axes if axis.images}
+    assert {name: image.get_array().shape for name, image in drawn.items()} == {
+        "qkv.weight": (6, 4), "conv.weight": (2, 12), "fraction that trains, by layer": (5, 3),
+    }  # fmt: skip
+    assert all(image.get_clim() == (0, 1) for image in drawn.values())
+    assert drawn["fraction that trains, by layer"].get_array()[0].tolist() == [None, 1.0, 0.0]

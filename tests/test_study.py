@@ -1,13 +1,14 @@
 """The demo's engine on a tiny CLIP and tasks of a few images: what it writes, and that its numbers can be had again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import image_task, tiny_clip
 
 from talos_fast import Mask, TalosError, TaskVector, evaluate, merge
-from talos_fast.demo.run import run
+from talos_fast.demo.run import OWN, _plan, run
 
 RATES = {"nonlinear": [1e-3, 3e-3], "talos": [1e-2, 3e-2]}
 
@@ -35,6 +36,7 @@ def test_everything_is_written(study):
     for name in ("mask_structure.png", "disentanglement_nonlinear.png", "disentanglement_talos.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     json.dumps(summary)
+    assert (summary["model"], summary["plan"]["steps"], summary["plan"]["limit"]) == ("tiny-clip", 6, None)
     assert [method["method"] for method in summary["methods"]] == ["nonlinear", "talos"]
     assert all(len(method["validation_by_lr"]) == 2 for method in summary["methods"])
 
@@ -65,6 +67,11 @@ def test_talos_vectors_lie_inside_their_masks(study):
         mask = Mask.load(out / "masks" / f"{task.name}.safetensors")
         moved = TaskVector.from_pretrained(out / "vectors" / "talos" / task.name).mask()
         assert all(not (moved[name] & ~mask[name]).any() for name in moved)
+
+
+def test_zero_is_a_choice_and_rates_ascend():
+    plan = _plan(OWN, {"weight_decay": 0.0, "steps": None}, {"talos": [3e-2, 1e-2], "nonlinear": None})
+    assert plan == replace(OWN, weight_decay=0.0, learning_rates={**OWN.learning_rates, "talos": (1e-2, 3e-2)})
 
 
 def test_refusals(tmp_path):

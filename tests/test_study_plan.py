@@ -6,17 +6,19 @@ import pytest
 import torch
 from test_study_resume import PLAN
 from tiny_models import image_task, tiny_clip
+from torch.utils.data import DataLoader
 
 from talos_fast import TaskVector
 from talos_fast.cells import Cells
 from talos_fast.models import Backbone
-from talos_fast.study import Study
+from talos_fast.study import MethodResult, Study, examiner
 from talos_fast.study import study as engine
 
 # No figure is a default, or that of another.
 ODD = replace(
     PLAN, learning_rates={name: (1e-3,) for name in ("nonlinear", "lota", "talos")}, density=0.3, samples=5,
-    weight_decay=0.25, seed=3, limit=7, test_limit=4,
+    weight_decay=0.25, seed=3, limit=7, test_limit=4, batch_size=5, evaluation_batch=11,
+    calibration={"rounds": 2},
 )  # fmt: skip
 TASK = image_task()
 
@@ -52,7 +54,7 @@ def vector(size: float) -> TaskVector:
 def test_a_mask_is_made_of_the_plan_and_of_training_examples(odd, read):
     info = odd.mask(TASK).info
     assert read == [("train", 5, 3)]
-    assert (info["density"], info["seed"], info["samples"]) == (0.3, 3, 5)
+    assert (info["density"], info["seed"], info["samples"], info["rounds"]) == (0.3, 3, 5, 2)
 
 
 @pytest.mark.parametrize("method", ODD.learning_rates)
@@ -71,6 +73,28 @@ def test_choices_are_made_on_validation_examples_and_test_examples_are_reported(
     assert read == [("validation", 7, 3), ("test", 4, 3), ("validation", 5, 3)]
 
 
+def test_training_is_shuffled_and_evaluation_in_batches_of_its_own(odd, monkeypatch):
+    asked, batches = [], Backbone.batches
+
+    def watched(self, split, *, batch_size, shuffle=False, **options):
+        asked.append((batch_size, shuffle))
+        return batches(self, split, batch_size=batch_size, shuffle=shuffle, **options)
+
+    monkeypatch.setattr(Backbone, "batches", watched)
+    odd.mask(TASK)
+    odd._learner.vector("nonlinear", 1e-3, TASK)
+    odd._examiner.test(TASK, odd._nothing)
+    assert asked == [(5, False), (5, True), (11, False)]
+
+
+@pytest.mark.parametrize("limit, kept", [(2 * 4 * 8, True), (2 * 4 * 8 - 1, False)])
+def test_batches_are_prepared_once_if_all_of_them_fit(monkeypatch, limit, kept):
+    """Of two batches each takes four numbers of eight bytes."""
+    monkeypatch.setattr(examiner, "PREPARED_BYTES", limit)
+    loader = DataLoader(torch.arange(8), batch_size=4)
+    assert isinstance(examiner.prepared(loader), list if kept else DataLoader)
+
+
 def test_the_seconds_of_a_vector_are_those_of_all_that_it_needs(odd):
     learner = odd._learner
     alone = {name: learner.vector(name, 1e-3, TASK).info["seconds"] for name in ODD.learning_rates}
@@ -81,12 +105,38 @@ def test_the_seconds_of_a_vector_are_those_of_all_that_it_needs(odd):
     assert odd.learn("talos")[0].seconds == found["talos"]
 
 
+@pytest.mark.parametrize("selection, best", [(1, 1e-3), (2, 1e-2), (None, 1e-2)])
+def test_a_rate_is_chosen_by_the_mean_over_the_first_tasks(backbone, monkeypatch, selection, best):
+    tasks = [image_task("three", 3), image_task("four", 4)]
+    plan = replace(PLAN, learning_rates={"nonlinear": (1e-3, 1e-2)}, selection=selection)
+    made = Study(backbone, tasks, None, plan, progress=False)
+    known = {("three", 1e-3): 0.5, ("three", 1e-2): 0.25, ("four", 1e-3): 0.25, ("four", 1e-2): 0.75}
+    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": known[task.name, lr]})
+    found = made._learner.rate("nonlinear")
+    assert found["lr"] == best and found["validation_by_lr"]["0.01"] == (0.25 if selection == 1 else 0.5)
+
+
+def test_each_rate_has_a_vector_of_its_own(odd):
+    one, other = (odd._learner.vector("nonlinear", lr, TASK) for lr in (1e-3, 1e-2))
+    assert (one.info["lr"], other.info["lr"]) == (1e-3, 1e-2) and (one - other).norm() > 0
+
+
+def test_of_equal_rates_the_least_is_chosen(backbone, monkeypatch):
+    plan = replace(PLAN, learning_rates={"nonlinear": (1e-3, 1e-2)})
+    made = Study(backbone, [TASK], None, plan, progress=False)
+    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": 0.5})
+    assert made._learner.rate("nonlinear")["lr"] == 1e-3
+
+
 def test_addition_is_held_against_each_task_s_own_vector(backbone, monkeypatch):
     tasks = [image_task("three", 3), image_task("four", 4)]
     made = Study(backbone, tasks, None, replace(PLAN, addition_grid=(0.0, 2.0)), progress=False)
     monkeypatch.setattr(made._examiner, "validate", lambda task, v, alphas=(1.0,): [v.norm() * a for a in alphas])
     found = made._search_addition({"three": vector(0.25), "four": vector(0.5)}, vector(0.75))
     assert found.references == (0.25, 0.5) and found.alpha == 2.0 and found.best.accuracies == (1.5, 1.5)
+    monkeypatch.setattr(made._examiner, "test", lambda task, v, alpha=1.0: v.norm() * alpha)
+    made._add(row := MethodResult("talos", 1e-3, {}), {"three": vector(0.25), "four": vector(0.5)}, vector(0.75))
+    assert row.addition == found and row.added == {"three": 1.5, "four": 1.5}, "of the sum, at the best coefficient"
 
 
 def test_negation_has_a_grid_and_a_floor_of_its_own(backbone, monkeypatch):
@@ -98,6 +148,20 @@ def test_negation_has_a_grid_and_a_floor_of_its_own(backbone, monkeypatch):
     )
     found = made._search_negation(task, control, -vector(1.0))
     assert (found.alpha, found.references, found.control) == (2.0, (0.8,), 0.6)
+    tested = {}
+
+    def test(task, v, alpha=1.0) -> float:
+        tested[task.name] = (float(v.deltas["w"].dense()[0]), alpha)
+        return 0.5
+
+    monkeypatch.setattr(made._examiner, "test", test)
+    made._negated(task, vector(1.0))
+    assert tested == {"three": (-1.0, 2.0), "control": (-1.0, 2.0)}
+
+
+def test_a_model_is_tested_at_the_coefficient_that_is_asked_for(odd, monkeypatch):
+    monkeypatch.setattr(examiner, "evaluate_along", lambda model, vector, batches, alphas: alphas)
+    assert odd._examiner.test(TASK, odd._nothing, 0.25) == 0.25 and odd._examiner.test(TASK, odd._nothing) == 1.0
 
 
 def test_a_rival_merges_by_its_own_method(backbone, monkeypatch):

@@ -55,10 +55,13 @@ def test_another_plan_is_refused(tmp_path):
         Cells(tmp_path, asdict(replace(PLAN, steps=4, seed=1)))
 
 
-@pytest.mark.parametrize("best, tried", [(8.0, [1, 2, 4, 8, 16]), (0.25, [0.125, 0.25, 0.5, 1, 2])])
+@pytest.mark.parametrize("best, tried", [
+    (8.0, [1, 2, 4, 8, 16]), (0.25, [0.125, 0.25, 0.5, 1, 2]), (64.0, [1, 4, 16, 64, 256]),
+])  # fmt: skip
 def test_rates_grow_while_an_end_is_best(backbone, monkeypatch, best, tried):
-    """Validation accuracy falls on both sides of the best rate: 1 and 2 grow until one beyond it was tried."""
-    plan = replace(PLAN, learning_rates={"nonlinear": (1.0, 2.0)}, extend=5)
+    """Validation accuracy falls on both sides of the best rate: two grow until one beyond it was tried."""
+    start = (1.0, 4.0) if 64 in tried else (1.0, 2.0)
+    plan = replace(PLAN, learning_rates={"nonlinear": start}, extend=5)
     made = Study(backbone, [task := image_task()], task, plan, progress=False)
     monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": -abs(lr - best)})
     found = made._learner.rate("nonlinear")
@@ -71,3 +74,6 @@ def test_the_control_has_a_stand_in_when_it_is_forgotten(backbone):
     control = Study(backbone, [other], other, plan, progress=False)
     reference = control._examiner.validate(other, control._nothing)[0]
     assert negation["four"]["control"] == reference
+    tasks = [image_task("three", 3), image_task("four", 4)]
+    made = Study(backbone, tasks, tasks[1], plan, progress=False, stand_in=other)
+    assert [made._control_of(task) for task in tasks] == [tasks[1], other]

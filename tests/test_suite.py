@@ -97,6 +97,8 @@ def test_a_table_of_all_methods(finished):
         assert set(row["single"]) == set(row["added"]) == {"a", "b"} and len(row["addition"]["trials"]) == 21
         assert set(row["target"]) == (set() if "+" in row["method"] else {"a", "b"})
     assert result.methods[-1].single == result.methods[0].single
+    factors = TaskVector.from_pretrained(out / "cells" / "l-lora" / "0.001" / "a").info["factor_bytes"]
+    assert report["methods"][2]["vector_bytes"]["a"] == factors != report["methods"][0]["vector_bytes"]["a"]
     lr = report["methods"][-2]["lr"]
     vector = TaskVector.from_pretrained(out / "cells" / "talos" / f"{lr:g}" / "a")
     mask = Mask.load(out / "cells" / "masks" / "a.safetensors")
@@ -236,11 +238,18 @@ def test_bad_commands(place, monkeypatch, capfd, line, said):
     ({"weight_decay": float("nan")}, "weight_decay=nan"),
     ({"control_floor": 1.5}, "control_floor=1.5"),
     ({"negation_grid": (0.0, float("inf"))}, "negation_grid"),
+    ({"addition_grid": (0.5, 0.0)}, "addition_grid"),
     ({"seed": -1}, "seed=-1"),
 ])  # fmt: skip
 def test_bad_plans(changes, said):
     with pytest.raises(TalosError, match=said):
         replace(PLAN, **changes)
+
+
+def test_plans_at_their_bounds():
+    """Everything may be forgotten, and what is least may be asked for."""
+    least = replace(PLAN, control_floor=0, steps=1, extend=0, selection=1, limit=1, test_limit=1)
+    assert (least.control_floor, least.limit) == (0, 1)
 
 
 def test_another_run_is_refused(place, finished):
@@ -270,6 +279,17 @@ def test_what_makes_it_another_run(tmp_path, monkeypatch):
         run_suite(model, Suite([task], None, plan), tmp_path, progress=False)
     with pytest.raises(TalosError, match=r"another plan \(recipes.colours"):
         run_suite(model, Suite([task], None, plan, {"colours": {"warmup": 1}}), tmp_path, progress=False)
+    with pytest.raises(TalosError, match=r"another plan \(dtype: None there, bf16 here\)"):
+        run_suite(model, Suite([task], None, plan), tmp_path, identity={"dtype": "bf16"}, progress=False)
+    with monkeypatch.context() as patched, pytest.raises(TalosError, match=r"another plan \(model: tiny-clip there"):
+        patched.setattr(model, "name", "another")
+        run_suite(model, Suite([task], None, plan), tmp_path, progress=False)
+    controlled, control = tmp_path / "controlled", image_task("control", 4)
+    with pytest.raises(ZeroDivisionError):
+        run_suite(model, Suite([task], control, plan), controlled, progress=False)
+    for other in (replace(control, name="else"), replace(control, templates=("x {}",))):
+        with pytest.raises(TalosError, match=r"another plan \(control: "):
+            run_suite(model, Suite([task], other, plan), controlled, progress=False)
     both = replace(plan, learning_rates={"nonlinear": (1e-2,), "lota": (1e-3,)})  # whose vectors LoTA would start from
     with pytest.raises(TalosError, match="the results of 'lota' there were made with the learning rates"):
         run_suite(model, Suite([task], None, both), tmp_path, progress=False)

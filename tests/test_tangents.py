@@ -185,6 +185,45 @@ def test_a_row_that_sees_nothing_is_zero_as_torch_has_it():
     assert gradient.isfinite().all() and not gradient[:, 1].any()
 
 
+def test_attention_with_dropout_drops_what_torch_drops():
+    """Some models ask for it in evaluation mode too."""
+    q, k, v, t = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(4))
+    attend = lambda q: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)  # noqa: E731
+    torch.manual_seed(1)
+    expected = reference(attend, (q,), (t,))
+    torch.manual_seed(1)
+    with Tangents({}):
+        found = torch.func.jvp(attend, (q,), (t,))
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_factors_are_seen_in_a_list_of_weights():
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+        def forward(self, x):
+            return x @ torch.cat([self.one.weight, self.other.weight]).t()
+
+    model, x = Joined(), torch.randn(4, 3, dtype=torch.float64)
+    direction = LowRank((2, 3), ((slice(0, 2), torch.randn(2, 1).double(), torch.randn(1, 3).double()),))
+    found, dense = (Linearized(model, lambda d=d: {"other.weight": d})(x) for d in (direction, direction.dense()))
+    assert not torch.equal(dense, model(x))
+    torch.testing.assert_close(found, dense, **EXACT)
+
+
+def test_an_activation_that_is_asked_for_its_gradient_passes_that_of_the_direction():
+    class Asking(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).requires_grad_().sin())
+
+    model, tangent = Asking(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(4, 3, requires_grad=True)
+    out = Linearized(model, lambda: {"0.weight": tangent})(torch.randn(5, 3))
+    (gradient,) = torch.autograd.grad(out.sum(), tangent)
+    assert gradient.abs().sum() > 0
+
+
 def test_products_may_be_given_their_arguments_by_name():
     x, w, t = (torch.randn(3, 3, dtype=torch.float64) for _ in range(3))
     for product in (lambda w: torch.matmul(x, other=w), lambda w: F.linear(input=x, weight=w, bias=w[0])):

@@ -12,7 +12,7 @@ from torch import nn
 
 from talos_fast import TalosError, TaskVector, merge
 from talos_fast.edit import Edit
-from talos_fast.fingerprint import identify
+from talos_fast.fingerprint import batch_digest, digest, fingerprint, identify, require_base
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -124,6 +124,18 @@ def test_modules_and_checkpoints(tmp_path):
     assert equal(edited.state_dict(), tuned.state_dict())
 
 
+def test_what_else_a_checkpoint_holds_is_no_part_of_a_vector():
+    base = {"w": torch.zeros(2), "steps": torch.tensor(3), "epoch": 1, "phases": torch.ones(2, dtype=torch.cfloat)}
+    lazy = {"lazy": torch.ones(2, dtype=torch.cfloat, device="meta")}
+    assert list(TaskVector(base | lazy, {"w": torch.ones(2), "steps": torch.tensor(4), "epoch": 2, **lazy})) == ["w"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(TalosError, match="model.safetensors: not a readable safetensors checkpoint"):
+        TaskVector({"w": torch.zeros(2)}, tmp_path)
+
+
 def test_buffers_that_are_not_saved_are_no_part_of_a_vector():
     base = nn.Linear(2, 2)
     base.register_buffer("cache", torch.zeros(3), persistent=False)
@@ -153,6 +165,8 @@ def test_refuses_another_base():
         vector.apply_to(other)
     with pytest.raises(TalosError, match="recorded float32 .* found bfloat16"):
         vector.apply_to({name: t.bfloat16() for name, t in base.items()})
+    with pytest.raises(TalosError, match="1 of 1 tensors differ"):
+        require_base(vector.base, {"untouched": other["untouched"]}, "it")
     vector.apply_to(other, check_base=False)
 
 
@@ -161,6 +175,26 @@ def test_refuses_mixed_bases():
     moved = {name: t + 1 for name, t in base.items()}
     with pytest.raises(TalosError, match="different bases, which differ in"):
         TaskVector(base, tuned) + TaskVector(moved, tuned)
+
+
+def test_a_sum_is_of_all_that_its_parts_know_of_the_base():
+    one, other = (TaskVector({name: torch.zeros(2)}, {name: torch.ones(2)}) for name in "ab")
+    assert (one + other).base == {**one.base, **other.base} and sum([one]) is one
+    for stranger in (None, torch.zeros(2), np.zeros(2)):
+        with pytest.raises(TypeError):
+            stranger + one
+    assert (np.float64(2) * one).norm() == (one * torch.tensor(2.0)).norm() == 2 * one.norm()
+
+
+def test_a_scalar_is_one_entry_of_the_base():
+    base = {"w": torch.zeros(2), "s": torch.tensor(0.0)}
+    assert TaskVector(base, {**base, "s": torch.tensor(1.0)}).numel == 3
+
+
+def test_refuses_vectors_of_other_shapes():
+    one, other = (TaskVector({"w": torch.zeros(s)}, {"w": torch.ones(s)}) for s in ((2, 3), (3, 2)))
+    with pytest.raises(TalosError, match=r"'w': vectors of shapes \(2, 3\) and \(3, 2\) cannot be combined"):
+        TaskVector.from_deltas(one.deltas) + TaskVector.from_deltas(other.deltas)
 
 
 def test_nothing_is_written_when_a_name_or_shape_is_wrong():
@@ -226,6 +260,12 @@ def test_provenance_that_is_no_json_is_refused(tmp_path):
     vector.info["model"] = torch.nn.Linear(1, 1)
     with pytest.raises(TalosError, match=r"is no JSON \(a Linear\); give plain numbers and texts"):
         vector.save_pretrained(tmp_path / "odd")
+
+
+def test_a_mask_of_another_shape_restricts_nothing():
+    vector = TaskVector({"w": torch.zeros(2, 3)}, {"w": torch.ones(2, 3)})
+    with pytest.raises(TalosError, match=r"'w': the mask has shape \(3, 2\), the vector \(2, 3\)"):
+        vector.restrict({"w": torch.ones(3, 2, dtype=torch.bool)})
 
 
 def test_only_bool_masks_restrict():
@@ -315,6 +355,28 @@ def test_models_that_a_vector_is_applied_to_may_go():
     del applied
     gc.collect()
     assert gone() is None
+
+
+def test_a_digest_asks_for_no_order_and_no_strides():
+    strided = fingerprint({"w": torch.arange(6.0)[::2]})
+    assert strided == fingerprint({"w": torch.arange(6.0)[::2].clone()})
+    assert digest({"v": "x", **strided}) == digest({**strided, "v": "x"})
+
+
+def test_batches_may_be_sparse():
+    one, same, other = (batch_digest((factor * torch.eye(3).to_sparse(), torch.arange(3))) for factor in (1, 1, 2))
+    assert one == same != other
+
+
+def test_counters_are_no_part_of_a_base():
+    model = nn.Linear(2, 2)
+    model.steps = nn.Parameter(torch.tensor(3), requires_grad=False)
+    assert fingerprint(model).keys() == {"weight", "bias"}
+
+
+def test_a_norm_may_have_squares_beyond_float32():
+    vector = TaskVector({"w": torch.zeros(2)}, {"w": torch.tensor([3e30, 4e30])})
+    assert vector.norm() == pytest.approx(5e30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

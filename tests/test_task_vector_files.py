@@ -7,14 +7,23 @@ import torch
 from safetensors.torch import load_file
 from test_task_vector import DTYPES, states
 
-from talos_fast import TalosError, TaskVector, storage
+from talos_fast import TalosError, TaskVector, storage, vector_file
 
 
 def test_the_config_says_what_moved(tmp_path):
     base = {"w": torch.zeros(10), "still": torch.zeros(90)}
-    TaskVector(base, {**base, "w": torch.arange(10.0)}).save_pretrained(tmp_path)
+    vector = TaskVector(base, {**base, "w": torch.arange(10.0)})
+    vector.save_pretrained(tmp_path)
+    assert (vector.density, vector.numel, vector.mask().base) == (0.09, 100, vector.base)
     config = json.loads((tmp_path / "task_vector_config.json").read_text())
     assert (config["kind"], config["entries_moved"], config["density"]) == ("delta", 9, 0.09)
+
+
+def test_of_an_unknown_base_no_share_moved(tmp_path):
+    base = {"w": torch.zeros(10)}
+    TaskVector.from_deltas(TaskVector(base, {"w": torch.ones(10)}).deltas).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "task_vector_config.json").read_text())
+    assert (config["entries_moved"], config["density"]) == (10, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -22,6 +31,25 @@ def test_nbytes_are_those_of_the_tensors_in_the_file(tmp_path, dtype):
     vector = TaskVector(*states(dtype))
     vector.save_pretrained(tmp_path)
     assert vector.nbytes == sum(t.nbytes for t in load_file(tmp_path / "task_vector.safetensors").values())
+
+
+def test_a_repository_is_asked_for_as_one_says(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(name, file, **options):
+        asked.update(options, name=name)
+        return str(tmp_path / file)
+
+    TaskVector(*states(torch.float32)).save_pretrained(tmp_path)
+    monkeypatch.setattr(vector_file, "hf_hub_download", download)
+    options = {"revision": "r", "cache_dir": "c", "token": "t", "local_files_only": True}
+    TaskVector.from_pretrained("user/name", **options)
+    assert asked == {**options, "name": "user/name", "dry_run": False}
+
+
+def test_a_name_that_no_repository_can_have_is_refused():
+    with pytest.raises(TalosError, match="user/na..me: neither a folder nor a repository that can be reached"):
+        TaskVector.from_pretrained("user/na..me")
 
 
 def test_values_that_do_not_fit_their_selection_are_damage(tmp_path):

@@ -77,8 +77,8 @@ def test_other_dtypes_strides_and_many_chunks(monkeypatch, device, dtype, keep):
 def test_histogram_equals_its_reference(device, size):
     scores = torch.randn(size, device=device).exp().square()
     scores[: size // 3], scores[size // 3 : size // 2] = float("inf"), 0.0  # long runs of equal ones
-    bits = int(scores[:1].view(torch.int32).sum()) if size else 0
-    for digit, prefix in ((0, 0), (1, bits >> 20), (2, bits >> 10)):
+    ends = scores[[0, -1]].view(torch.int32).tolist() if size else []  # of a run, and an ordinary one
+    for digit, prefix in {(0, 0), *((1, bits >> 20) for bits in ends), *((2, bits >> 10) for bits in ends)}:
         counts, want = (torch.ones(COUNTS, dtype=torch.int64, device=device) for _ in range(2))
         torch.ops.talos_fast.radix_histogram_(counts, scores, digit, prefix)
         radix_histogram_reference(want, scores, digit, prefix)
@@ -92,6 +92,7 @@ def test_histogram_counts_what_is_no_score(device):
     for run in (torch.ops.talos_fast.radix_histogram_, radix_histogram_reference):
         counts = torch.zeros(COUNTS, dtype=torch.int64, device=device)
         run(counts, scores, 0, 0)
+        run(counts, scores, 1, 0x3F8)  # of -1; digits after the first do not count them again
         assert counts[-1] == 4 * 9
 
 
@@ -100,6 +101,25 @@ def test_histogram_counts_negative_zeros_as_zeros(run, device):
     counts = torch.zeros(COUNTS, dtype=torch.int64, device=device)
     run(counts, torch.tensor([-0.0, 0.0, -0.0], device=device), 0, 0)
     assert counts[0] == counts.sum() == 3
+
+
+@pytest.mark.gpu
+def test_histogram_counts_in_the_current_stream():
+    """After the stream's work before it, and before the work behind it, whatever other streams do."""
+    scores = torch.rand(1000, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        counts = torch.zeros(COUNTS, dtype=torch.int64, device="cuda")
+        torch.ops.talos_fast.radix_histogram_(counts, scores, 0, 0)
+        assert counts.sum().item() == 1000
+
+
+@pytest.mark.gpu
+def test_histogram_refuses_tensors_of_two_devices():
+    counts = torch.zeros(COUNTS, dtype=torch.int64)
+    for arguments in ((counts, torch.rand(3, device="cuda")), (counts.cuda(), torch.rand(3))):
+        with pytest.raises((RuntimeError, TalosError), match="counts and scores must be on one device"):
+            torch.ops.talos_fast.radix_histogram_(*arguments, 0, 0)
 
 
 def test_histogram_passes_opcheck(device):
@@ -111,6 +131,7 @@ def test_histogram_passes_opcheck(device):
 BAD_HISTOGRAMS = {
     "counts must be 2049 contiguous int64": lambda c, s: (c[1:], s, 0),
     "scores must be contiguous float32": lambda c, s: (c, s.double(), 0),
+    "scores must be contiguous": lambda c, s: (c, s[::2], 0),
     "digit must be 0, 1 or 2, but is 3": lambda c, s: (c, s, 3),
     "counts and scores must be on one device": lambda c, s: (c.to("meta"), s, 0),
 }
@@ -118,8 +139,9 @@ BAD_HISTOGRAMS = {
 
 @pytest.mark.parametrize("text", BAD_HISTOGRAMS)
 @pytest.mark.parametrize("run", [torch.ops.talos_fast.radix_histogram_, radix_histogram_reference])
-def test_histogram_says_what_is_wrong(run, text):
-    arguments = BAD_HISTOGRAMS[text](torch.zeros(COUNTS, dtype=torch.int64), torch.rand(3))
+def test_histogram_says_what_is_wrong(run, text, device):
+    counts = torch.zeros(COUNTS, dtype=torch.int64, device=device)
+    arguments = BAD_HISTOGRAMS[text](counts, torch.rand(3, device=device))
     with pytest.raises((RuntimeError, TalosError), match=text):
         run(*arguments, 0)
 

@@ -27,7 +27,7 @@ def accumulate_squared_per_sample_(
     Everything accumulates in the dtype of ``scores``. For fp32 scores, products of 16-bit operands are exact and use
     16-bit instructions where the machine has them (AMX or AVX512-BF16 for bfloat16, tensor cores). The speed of AMX is
     not measured; ``ATEN_CPU_CAPABILITY=avx512`` does without it. Products of fp32 operands are fp32 on the CPU; on CUDA
-    each is off by at most ``3 * 2**-18`` of itself (three products of bfloat16 parts; small shapes are multiplied by
+    each is off by less than ``2**-15`` of itself (three products of bfloat16 parts; small shapes are multiplied by
     torch, in TF32 where its user allows that). float64 scores are computed in float64 throughout. With one
     token a sample, squares are taken first, and those of entries below 1e-19 underflow.
 

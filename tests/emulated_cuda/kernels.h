@@ -49,9 +49,14 @@ void run_grid(const Call& call, dim3 grid, dim3 threads, size_t shared) {
   }
 }
 
+inline size_t most_shared = 48 << 10;  // bytes that a launch gets; more only after cudaFuncSetAttribute
+
 // launch(kernel, grid, threads, shared, stream)(arguments...) stands for kernel<<<...>>>(arguments...).
 template <typename Kernel>
 auto launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared, cudaStream_t stream) {
+  const bool fits = grid.x > 0 && grid.x < 1u << 31 && grid.y > 0 && grid.y < 1u << 16 && threads.x > 0 &&
+                    threads.x <= 1024 && shared <= most_shared;
+  if (!fits) throw std::runtime_error("invalid configuration argument");
   return [=](auto... arguments) {
     auto work = [=] { run_grid([&] { kernel(arguments...); }, grid, threads, shared); };
     emulated_submit(
@@ -94,5 +99,6 @@ T atomicAdd(T* to, U value) {
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute attribute, int value) {
   const bool fits = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value <= 227 << 10;
+  if (fits) emulated::most_shared = std::max(emulated::most_shared, static_cast<size_t>(value));
   return fits ? cudaSuccess : cudaErrorInvalidValue;
 }
