@@ -121,6 +121,13 @@ def test_each_rate_has_a_vector_of_its_own(odd):
     assert (one.info["lr"], other.info["lr"]) == (1e-3, 1e-2) and (one - other).norm() > 0
 
 
+def test_what_a_task_s_recipe_says_goes_before_the_plan(backbone):
+    recipes = {TASK.name: {"warmup": 1, "weight_decay": 0.5}}
+    made = Study(backbone, [TASK], None, replace(ODD, steps=2), progress=False, recipes=recipes)
+    info = made._learner.vector("lota", 1e-3, TASK).info
+    assert (info["warmup"], info["weight_decay"], info["steps"]) == (1, 0.5, 2)
+
+
 def test_of_equal_rates_the_least_is_chosen(backbone, monkeypatch):
     plan = replace(PLAN, learning_rates={"nonlinear": (1e-3, 1e-2)})
     made = Study(backbone, [TASK], None, plan, progress=False)
