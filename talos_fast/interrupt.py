@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
+WAITING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+"""Signals whose handlers may raise: what ends a program, schedulers' warnings, timers."""
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
@@ -54,9 +58,9 @@ def uninterrupted() -> Iterator[None]:
     waiting: list[int] = []
     handlers: list[tuple[int, Any]] = []
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in WAITING:
             handler = signal.getsignal(number)
-            if handler not in (None, signal.SIG_IGN):
+            if callable(handler) or (handler is signal.SIG_DFL and number == signal.SIGTERM):
                 handlers.append((number, handler))
                 signal.signal(number, lambda came, _: waiting.append(came))
         yield

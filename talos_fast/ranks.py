@@ -49,15 +49,24 @@ class Ranks:
             KeyboardInterrupt: another rank was interrupted.
         """
         try:
-            yield
-            with uninterrupted():
-                self._exchange(0)
-                self._parted = True
-        except BaseException as error:  # SystemExit too
-            with uninterrupted():
-                if not self._parted:
-                    self._exchange(0, INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+            try:
+                yield
+                with uninterrupted():
+                    self._exchange(0)
+                    self._parted = True
+            except BaseException as error:  # SystemExit too
+                self._part(error)
+                raise
+        except BaseException as error:  # a signal, before the others were told of the first one
+            self._part(error)
             raise
+
+    def _part(self, error: BaseException) -> None:
+        """Tells the others, once."""
+        with uninterrupted():
+            if not self._parted:
+                self._parted = True
+                self._exchange(0, INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Sums every tensor over the ranks, in place; all ranks get the same bits."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ V = TypeVar("V", bound="SparseVector")
 
 
 def _is_factor(value: object) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and not np.iscomplexobj(value)
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex())
 
 

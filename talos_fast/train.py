@@ -140,12 +140,12 @@ class Trainer:
                 return
             try:
                 complete = self._loop(resumed, interrupted, progress)
+                self._save()
             except BaseException:
                 # Parameters and moments change only inside a step, so this is the last good state, come what may.
                 if self._ranks.world == 1:  # several may not have come equally far
                     self._save()
                 raise
-            self._save()
             if not complete:
                 raise KeyboardInterrupt
 
@@ -245,7 +245,12 @@ class Trainer:
     def _save(self) -> None:
         try:
             self._step.watch.settle()
-        finally:
-            self._advance()
-            if self._checkpoint:
-                self._checkpoint.save(self._setup.trained, self._setup.optimizer, self._progress)
+        except TalosError:  # the steps before the bad one are good; if a signal came first, nobody knows which are
+            self._write()
+            raise
+        self._write()
+
+    def _write(self) -> None:
+        self._advance()
+        if self._checkpoint:
+            self._checkpoint.save(self._setup.trained, self._setup.optimizer, self._progress)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from talos_fast.interrupt import uninterrupted
 from talos_fast.optim import launch
 
 Check = Callable[[list[float]], None]
@@ -72,14 +73,15 @@ class Watch:
         Raises:
             TalosError: from the first check that finds something wrong; the notes after it are dropped.
         """
-        while len(self._notes) > unread:
-            note = self._notes.popleft()
-            if note.arrived is not None:
-                note.arrived.synchronize()
-            try:
-                note.check(note.facts.tolist())
-            except Exception:
-                self._notes.clear()
-                raise
-            if note.then is not None:
-                note.then()
+        with uninterrupted():  # or a note could be gone that has not called its ``then``
+            while len(self._notes) > unread:
+                note = self._notes.popleft()
+                if note.arrived is not None:
+                    note.arrived.synchronize()
+                try:
+                    note.check(note.facts.tolist())
+                except Exception:
+                    self._notes.clear()
+                    raise
+                if note.then is not None:
+                    note.then()

@@ -63,3 +63,29 @@ def test_other_commands_refuse_to_run_twice(monkeypatch, line):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TalosError, match="runs in one process; several are for calibrate and finetune"):
         app(line.split(), standalone_mode=False)
+
+
+@pytest.mark.parametrize("world", ["two", "-1", "1.0"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(TalosError, match="WORLD_SIZE=.*: not a number of processes"):
+        app(["inspect", "mask.safetensors"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("world", ["", "0", "1"])
+def test_of_one_process_nothing_is_asked(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(TalosError, match="no such file"):
+        app(["inspect", "mask.safetensors"], standalone_mode=False)
+
+
+def test_processes_may_be_more_than_gpus(monkeypatch):
+    taken = []
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", taken.append)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(TalosError, match="cannot meet"):
+        app(LINES[0].split(), standalone_mode=False)
+    assert taken == [0]

@@ -67,7 +67,7 @@ def test_processes_that_are_forked_meanwhile_can_be_ended():
         assert child.exitcode == -signal.SIGTERM and not interrupted()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM])
 def test_signals_wait_for_what_must_not_be_left_half_done(number):
     before, done = signal.getsignal(number), []
     signal.signal(number, signal.default_int_handler)

@@ -179,10 +179,56 @@ def amid_sums(rank: int, folder: Path) -> None:
     meets(MemoryError if rank else TalosError, lambda: score(stability=False))
 
 
+def pressed_while_failing(rank: int, folder: Path) -> None:
+    """One signal at any line by which a rank that has failed tells the others."""
+    for at in range(1, 30):
+        lines = Lines(("talos_fast/ranks.py",), interrupt, at)
+
+        def fails(model, batch, lines=lines):
+            if rank:
+                sys.settrace(lines.call)
+                frame = sys._getframe()
+                while frame := frame.f_back:  # those that run already
+                    frame.f_trace = lines.call(frame, "call", None)
+                raise ZeroDivisionError
+            return model(batch[0])
+
+        try:
+            run("nonlinear", batches(rank, 2), forward=fails)
+        except (TalosError, KeyboardInterrupt, ZeroDivisionError) as error:
+            ending = type(error)
+        finally:
+            sys.settrace(None)
+        assert Ranks().gathered(at) == [at, at]  # in step
+        assert ending is not ZeroDivisionError or lines.at
+
+
+def preempted(rank: int, folder: Path) -> None:
+    """A scheduler's warning, whose handler raises, at any line of what ranks do together."""
+
+    class PreemptedError(Exception):
+        pass
+
+    def handler(*_):
+        raise PreemptedError
+
+    signal.signal(signal.SIGUSR1, handler)
+    for at in range(150, 230, 7):
+        lines = Lines(("talos_fast/ranks.py",), lambda: os.kill(os.getpid(), signal.SIGUSR1), at)
+        with pytest.raises(PreemptedError if rank else TalosError):
+            sys.settrace(lines.call if rank else None)
+            try:
+                run("talos", batches(rank, 2)[:2])
+            finally:
+                sys.settrace(None)
+        assert Ranks().gathered(at) == [at, at]
+
+
 @needs_gloo
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(
-    "work", [restoring, at_any_line, late_notes, pressed_while_waiting, handled_before, amid_sums],
+    "work", [restoring, at_any_line, late_notes, pressed_while_waiting, handled_before, amid_sums,
+             pressed_while_failing, preempted],
     ids=lambda work: work.__name__,
 )  # fmt: skip
 def test_nobody_waits(tmp_path, work):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -24,9 +25,11 @@ from torch.utils.data import (
 )
 
 from talos_fast import Mask, TalosError, calibrate, finetune
-from talos_fast.checkpoint import Checkpoint, Position, Progress, remove
+from talos_fast.checkpoint import FILE, Checkpoint, Position, Progress, remove
 from talos_fast.random_state import RandomState
 from talos_fast.ranks import Ranks
+from talos_fast.step import Step
+from talos_fast.watch import Watch
 
 
 def net() -> nn.Module:
@@ -175,6 +178,44 @@ def test_a_checkpoint_is_whole_whenever_one_presses(presses, tmp_path):
     finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_is_whole_if_one_presses_again_while_it_waits_for_the_device(tmp_path, monkeypatch):
+    """As on CUDA, where a save begins by waiting for notes; the second comes at any line of the watch."""
+    whole_step, whole_note = Step.__init__, Watch.note
+    monkeypatch.setattr(Step, "__init__", lambda self, *given, **rest: whole_step(self, *given, **rest, lag=4))
+    options = {"method": "nonlinear", "lr": 1e-2, "steps": 8, "progress": False}
+    batches, whole = list(DataLoader(data(), 8)), net()
+    finetune(whole, batches, **options)
+    for at in itertools.count(1):
+        lines, notes = itertools.count(1), itertools.count(1)
+
+        def line(frame, event, arg, at=at, lines=lines):
+            if event == "line" and next(lines) == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return line
+
+        def note(*given, notes=notes):
+            whole_note(*given)
+            if next(notes) == 8:  # the last of the fourth step
+                os.kill(os.getpid(), signal.SIGINT)
+                sys.settrace(lambda frame, event, arg: line if frame.f_code is Watch.settle.__code__ else None)
+
+        resumed, place = net(), tmp_path / str(at)
+        monkeypatch.setattr(Watch, "note", note)
+        try:
+            finetune(net(), batches, checkpoint_dir=place, **options)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+            monkeypatch.setattr(Watch, "note", whole_note)
+        if next(lines) <= at:
+            break
+        assert (place / FILE).exists()
+        finetune(resumed, batches, checkpoint_dir=place, **options)
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)), at
+    assert at > 10
 
 
 def test_the_loaders_own_generator_is_as_it_was():

@@ -183,7 +183,8 @@ def test_a_sum_is_of_all_that_its_parts_know_of_the_base():
     for stranger in (None, torch.zeros(2), np.zeros(2)):
         with pytest.raises(TypeError):
             stranger + one
-    assert (np.float64(2) * one).norm() == (one * torch.tensor(2.0)).norm() == 2 * one.norm()
+    for two in (np.float64(2), np.array(2.0), torch.tensor(2.0)):
+        assert (two * one).norm() == (one * two).norm() == 2 * one.norm()
 
 
 def test_a_scalar_is_one_entry_of_the_base():

@@ -18,12 +18,16 @@ def join(ctx: typer.Context) -> None:
     Raises:
         TalosError: the command runs in one process only, or the launcher does not say how to meet.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if not world.isdecimal():
+        raise TalosError(f"WORLD_SIZE={world}: not a number of processes; unset it, or start them by torchrun")
+    if int(world) <= 1:
         return
     if ctx.invoked_subcommand not in COMMANDS:
         raise TalosError(f"{ctx.invoked_subcommand} runs in one process; several are for {' and '.join(COMMANDS)}")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Some launchers show each process its own GPU only, and with --device cpu there may be fewer GPUs.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         dist.init_process_group()
     except (ValueError, RuntimeError) as error:

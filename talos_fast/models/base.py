@@ -108,7 +108,7 @@ class Backbone(ABC):
         for name, value in (("batch_size", batch_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise TalosError(f"{name}: found {value}; give 1 or more")
-        if batch_size % world:
+        if world > 1 and batch_size % world:
             raise TalosError(f"batch_size: found {batch_size}, for {world} processes; give a multiple of {world}")
         seed = checked_seed("seed", seed)
         indices = np.arange(len(split))
