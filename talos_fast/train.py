@@ -96,7 +96,7 @@ class Trainer:
         self._ranks = ranks
         self._step = Step(setup, model, loss, clip=recipe.clip, accumulate=recipe.accumulate, amp=recipe.amp)
         self._reached: deque[Progress] = deque()  # after updates of which it is not yet known whether they were good
-        self._good = 0
+        self._good, self._updating = 0, False
         self._data = ""
         self.earlier_seconds, self._start = 0.0, time.perf_counter()
         self._random: RandomState  # from here on set by `run`
@@ -142,8 +142,8 @@ class Trainer:
                 complete = self._loop(resumed, interrupted, progress)
                 self._save()
             except BaseException:
-                # Parameters and moments change only inside a step, so this is the last good state, come what may.
-                if self._ranks.world == 1:  # several may not have come equally far
+                # The last good state, unless an update failed half-way; several ranks may not have come equally far.
+                if self._ranks.world == 1 and not self._updating:
                     self._save()
                 raise
             if not complete:
@@ -208,6 +208,7 @@ class Trainer:
     def _update(self, where: str, position: Position) -> None:
         self._step.clip(where, then=self._count_good)
         with uninterrupted():  # a checkpoint says how many steps its parameters have taken
+            self._updating = True
             self._step.update(self._recipe.lr_at(position.step - 1))
             self._step.release()
             self._reached.append(
@@ -215,6 +216,7 @@ class Trainer:
                     position, self._epoch_random, self._random.get(), self._data, self._step.last_loss, self._seconds()
                 )
             )
+            self._updating = False
         self._advance()
 
     def _count_good(self) -> None:

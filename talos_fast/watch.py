@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from talos_fast.errors import TalosError
 from talos_fast.interrupt import uninterrupted
 from talos_fast.optim import launch
 
@@ -75,13 +76,14 @@ class Watch:
         """
         with uninterrupted():  # or a note could be gone that has not called its ``then``
             while len(self._notes) > unread:
-                note = self._notes.popleft()
+                note = self._notes[0]
                 if note.arrived is not None:
                     note.arrived.synchronize()
                 try:
                     note.check(note.facts.tolist())
-                except Exception:
+                except TalosError:
                     self._notes.clear()
                     raise
+                self._notes.popleft()
                 if note.then is not None:
                     note.then()

@@ -24,7 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from talos_fast import Mask, TalosError, calibrate, finetune
+from talos_fast import Mask, TalosError, calibrate, finetune, train
 from talos_fast.checkpoint import FILE, Checkpoint, Position, Progress, remove
 from talos_fast.random_state import RandomState
 from talos_fast.ranks import Ranks
@@ -178,6 +178,24 @@ def test_a_checkpoint_is_whole_whenever_one_presses(presses, tmp_path):
     finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("every", [-1.0, 60.0])
+def test_a_step_that_failed_half_way_is_in_no_checkpoint(monkeypatch, tmp_path, every):
+    monkeypatch.setattr(train, "SAVE_EVERY_SECONDS", every)
+    options = {"method": "nonlinear", "lr": 1e-2, "steps": 8, "progress": False}
+    batches, whole, resumed, steps = list(DataLoader(data(), 8)), net(), net(), itertools.count(1)
+    finetune(whole, batches, **options)
+
+    def fail(*_):
+        if next(steps) == 4:
+            raise MemoryError
+
+    with pytest.raises(MemoryError), register_optimizer_step_post_hook(fail):
+        finetune(net(), batches, checkpoint_dir=tmp_path, **options)
+    assert (tmp_path / FILE).exists() == (every < 0)  # of the step before
+    finetune(resumed, batches, checkpoint_dir=tmp_path, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def test_a_checkpoint_is_whole_if_one_presses_again_while_it_waits_for_the_device(tmp_path, monkeypatch):
