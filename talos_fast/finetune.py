@@ -93,10 +93,10 @@ def finetune(
         amp: "auto" (bf16 autocast on CUDA), "bf16" or "off".
         compile: compiles the forward, and the backward pass with it, by `torch.compile`. For another mode or backend
             pass a ``forward`` that is compiled; a module that is compiled is refused.
-        checkpoint_dir: where the run's state is kept, written every minute and when it stops (of several ranks not
-            where one fails, or a second signal ends a step). Other batches than its own are refused, by the first of
-            the epoch. It goes on exactly if random augmentation draws from torch's generators, and in no persistent
-            worker.
+        checkpoint_dir: where the run's state is kept, written every minute and when it stops (but not of an optimizer
+            step that failed, nor of several ranks where one fails or a second signal ends a step). Other batches than
+            its own are refused, by the first of the epoch. It goes on exactly if random augmentation draws from
+            torch's generators, and in no persistent worker.
         resume: take up a checkpoint that is there.
         seed: of everything random; each rank adds its number, but not for generators that the batches bring.
         progress: a bar on a terminal.

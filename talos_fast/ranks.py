@@ -25,9 +25,9 @@ MESSAGE_BYTES = 2**25
 class Ranks:
     """The default process group, or one rank alone where there is none.
 
-    Whatever ranks do together begins with an exchange of how each of them fares, and no signal comes in between: so a
-    rank that has failed may leave wherever it is, and the others hear of it instead of waiting. What fails amid a sum,
-    for want of memory, still leaves them waiting for their timeout.
+    Whatever ranks do together begins with an exchange of how each of them fares, and signals wait until it is done: so
+    a rank that has failed may leave wherever it is, and the others hear of it instead of waiting. What fails amid a
+    sum, for want of memory, still leaves them waiting for their timeout.
 
     Attributes:
         rank: of this process.

@@ -14,7 +14,7 @@ from talos_fast.checkpoint import remove
 from talos_fast.cli import options as o
 from talos_fast.cli.edit import app as edit_app
 from talos_fast.cli.inspect import app as inspect_app
-from talos_fast.cli.processes import join
+from talos_fast.cli.processes import join, leave
 from talos_fast.cli.profile import app as profile_app
 from talos_fast.cli.suite import app as suite_app
 from talos_fast.errors import needs
@@ -103,6 +103,7 @@ def calibrate(
             scores_device=scores_device, stability=stability, checkpoint_dir=checkpoint_dir, resume=resume,
             seed=run.seed, progress=not run.quiet,
         )  # fmt: skip
+    leave()
     if ranks.rank > 0:
         return
     mask.info |= {**run.source(weights), "task": task.name}
@@ -165,6 +166,7 @@ def finetune(
             warmup=warmup, schedule=schedule, clip=clip or None, accumulate=accumulate, amp=amp, compile=compile,
             checkpoint_dir=checkpoint, resume=resume, seed=run.seed, progress=not run.quiet,
         )  # fmt: skip
+    leave()
     if ranks.rank > 0:
         return
     vector.info |= {**run.source(weights), "task": task.name, "batch_size": batch_size}

@@ -13,7 +13,7 @@ COMMANDS = ("calibrate", "finetune")
 
 
 def join(ctx: typer.Context) -> None:
-    """Makes a group of the processes that a launcher has started, until the command ends; nothing for one alone.
+    """Makes a group of the processes that a launcher has started, until they `leave`; nothing for one alone.
 
     Raises:
         TalosError: the command runs in one process only, or the launcher does not say how to meet.
@@ -34,6 +34,12 @@ def join(ctx: typer.Context) -> None:
         raise TalosError(
             f"WORLD_SIZE is set, but the processes cannot meet ({error}); start them by torchrun"
         ) from error
-    ctx.call_on_close(dist.destroy_process_group)
+    ctx.call_on_close(leave)
     if dist.get_rank() > 0:
         logging.getLogger("talos_fast").setLevel(logging.ERROR)
+
+
+def leave() -> None:
+    """Ends the group, at about the same time in all processes, as NCCL wants it: not when the last has evaluated."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
