@@ -41,5 +41,5 @@ def join(ctx: typer.Context) -> None:
 
 def leave() -> None:
     """Ends the group, at about the same time in all processes, as NCCL wants it: not when the last has evaluated."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
