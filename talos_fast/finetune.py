@@ -1,7 +1,6 @@
 """`finetune`: train a model on a task, and get the task vector."""
 
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from talos_fast.arguments import checked_seed, number, require_integer
+from talos_fast.arguments import number
 from talos_fast.batch import Batches
 from talos_fast.checkpoint import FIRST, Checkpoint
 from talos_fast.errors import TalosError
@@ -21,10 +20,11 @@ from talos_fast.methods import Compat, Options, Request, Setup, get_method
 from talos_fast.methods.base import Deltas, compiled
 from talos_fast.modules import require_plain
 from talos_fast.ranks import Ranks
+from talos_fast.recipe import Schedule, checked_recipe
 from talos_fast.restoring import restoring_all_but_parameters, restoring_parameters
-from talos_fast.step import Amp, Loss, require_amp_and_clip
+from talos_fast.step import Amp, Loss
 from talos_fast.task_vector import TaskVector
-from talos_fast.train import Recipe, Schedule, Trainer, train_mode
+from talos_fast.train import Trainer, train_mode
 
 logger = logging.getLogger("talos_fast")
 
@@ -115,7 +115,7 @@ def finetune(
     with ranks.as_one():
         chosen = get_method(method, compat)
         rate, weight_decay = chosen.lr if lr is None else lr, number("weight_decay", weight_decay)
-        recipe = _recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
+        recipe = checked_recipe(batches, epochs, steps, rate, warmup, schedule, clip, accumulate, amp, seed)
         options = Options(mask, density, finetuned, rank, lora_alpha)
         chosen.check(options)
         require_plain(model)
@@ -169,33 +169,3 @@ def _made(setup: Setup) -> dict[str, Any]:
     trained = digest({key: str(tuple(t.shape)) for key, t in setup.trained.items()})
     mask = None if setup.mask is None else setup.mask.digest()
     return {"compat": "paper", "trained": trained, **setup.info, "mask": mask}
-
-
-def _recipe(
-    batches: Batches, epochs: int | None, steps: int | None, lr: float, warmup: int | None, schedule: Schedule,
-    clip: float | None, accumulate: int, amp: Amp, seed: int,
-) -> Recipe:  # fmt: skip
-    """Checks the arguments and counts the steps."""
-    if epochs is not None and steps is not None:
-        raise TalosError(f"epochs={epochs} and steps={steps}: give one of them")
-    for name, value, least in (("epochs", epochs, 1), ("steps", steps, 1), ("accumulate", accumulate, 1),
-                               ("warmup", warmup, 0)):  # fmt: skip
-        if value is not None:
-            require_integer(name, value, least)
-    lr = number("lr", lr)
-    if not 0 < lr < math.inf:
-        raise TalosError(f"lr={lr}: must be positive and finite")
-    if schedule not in ("cosine", "constant"):
-        raise TalosError(f"schedule={schedule!r}: choose 'cosine' or 'constant'")
-    require_amp_and_clip(amp, clip)
-    if steps is None:
-        try:
-            count = len(batches)  # type: ignore[arg-type]
-        except TypeError:
-            raise TalosError("epochs of batches without a length: pass steps=, a list or a DataLoader") from None
-        steps = (epochs or 1) * count // accumulate
-        if steps == 0:
-            raise TalosError(f"{count} batches make no step of accumulate={accumulate}; there is nothing to train on")
-    warmup = min(500, steps // 10) if warmup is None else warmup
-    limit = None if clip is None else float(clip)
-    return Recipe(int(steps), lr, warmup, schedule, limit, accumulate, amp, checked_seed("seed", seed))

@@ -4,9 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,46 +18,11 @@ from talos_fast.interrupt import interruptible, uninterrupted
 from talos_fast.methods import Setup
 from talos_fast.random_state import RandomState, seeded, sources
 from talos_fast.ranks import Ranks
-from talos_fast.step import Amp, Loss, Step
+from talos_fast.recipe import Recipe
+from talos_fast.step import Loss, Step
 from talos_fast.storage import require_same_run
 
-Schedule = Literal["cosine", "constant"]
-
 SAVE_EVERY_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long and how fast to train.
-
-    Args:
-        steps: optimizer steps in all.
-        lr: peak learning rate.
-        warmup: steps of linear warm-up.
-        schedule: after the warm-up "cosine" to zero, or "constant".
-        clip: largest norm of the gradient of everything that trains; None leaves it as it is.
-        accumulate: batches an optimizer step.
-        amp: "bf16" autocast, "off", or "auto": bf16 on CUDA for fp32 models.
-        seed: of the order of batches, dropout and augmentation, as far as torch draws them.
-    """
-
-    steps: int
-    lr: float
-    warmup: int
-    schedule: Schedule
-    clip: float | None
-    accumulate: int
-    amp: Amp
-    seed: int
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step 0, 1 and so on."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.lr
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def train_mode(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from talos_fast import Mask, TalosError, calibrate, evaluate, finetune, profile
 from talos_fast.methods import METHODS
-from talos_fast.train import Recipe
+from talos_fast.recipe import Recipe
 
 
 class Net(nn.Module):

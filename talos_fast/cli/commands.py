@@ -21,12 +21,12 @@ from talos_fast.errors import needs
 from talos_fast.evaluate import evaluate_along
 from talos_fast.methods import METHODS, Compat
 from talos_fast.ranks import Ranks
+from talos_fast.recipe import Schedule
 from talos_fast.restoring import restoring_parameters
 from talos_fast.sensitivity.estimators import Estimator
 from talos_fast.sensitivity.uses import Precision
 from talos_fast.step import Amp
 from talos_fast.tasks import load as load_task
-from talos_fast.train import Schedule
 from talos_fast.vector_file import require_free
 
 app = typer.Typer(help=talos.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
