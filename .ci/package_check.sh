@@ -40,7 +40,7 @@ install --no-deps "$wheel"
 oldest -m pytest -q -p no:cacheprovider tests/test_{abi,adamw_contract,ops,masked_adam,compact_operator}.py
 oldest -m pytest -q -p no:cacheprovider tests/test_{methods_checkpointed,whole_step}.py -k "clip and (gradients or compile and True)"
 oldest -m pytest -q -p no:cacheprovider tests/test_finetune.py -k "test_compiled and l-lora"
-oldest -m pytest -q -p no:cacheprovider tests/test_{cli,demo_assets,models_load,presets}.py
+oldest -m pytest -q -p no:cacheprovider tests/test_{cli,demo_assets,models_load,presets,suite_shared}.py
 rm -rf "$root/build"
 oldest -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$scratch/oldest" .
 compiled() { "$python" -m zipfile -l "$1" | grep -o 'talos_fast/_C[^ ]*'; }  # a library that fails is left out

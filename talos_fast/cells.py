@@ -1,13 +1,15 @@
-"""`Cells`: what a study has finished, by name, so that one that was killed goes on where it stood."""
+"""`Cells`: what a study has finished, by name, so that one that was killed goes on, and several share the work."""
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from talos_fast import vector_file, writing
 from talos_fast.errors import TalosError
+from talos_fast.locking import is_being_made, making
 from talos_fast.mask import Mask
 from talos_fast.task_vector import TaskVector
 
@@ -20,7 +22,8 @@ CHECKPOINT = "checkpoint"
 class Cells:
     """Finished parts of a computation, each made once: kept in a folder, or in memory.
 
-    Every file is written atomically, so a part is there as a whole or not at all.
+    Every file is written atomically, so a part is there as a whole or not at all. Of several processes that work in one
+    folder, one makes a part, and whoever needs it waits for it.
 
     Args:
         folder: made if it is not there; None keeps everything in memory.
@@ -48,9 +51,25 @@ class Cells:
             )
         writing.write_json(path, mine)
 
-    def value(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def value(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON value, made once."""
-        return self._get(make, f"{name}.json", writing.write_json, _read_json)
+        return self._get(make, _value_file(name), writing.write_json, _read_json)
+
+    def values(
+        self, parts: Mapping[str, Callable[[], Any]], bar: Callable[[Iterator[str]], Iterable[str]]
+    ) -> dict[str, Any]:
+        """The `value` of each part, by name; made last are those that another process is making.
+
+        Args:
+            parts: name -> make.
+            bar: gives the names on, and shows how far it is.
+        """
+        made = {name: self.value(name, parts[name]) for name in bar(self._in_turn(parts))}
+        return {name: made[name] for name in parts}
+
+    def whole(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A JSON value that is put together of parts: every process does that, and they share the parts' making."""
+        return self._get(make, _value_file(name), writing.write_json, _read_json, shared=True)
 
     def mask(self, name: str, make: Callable[[], Mask]) -> Mask:
         """A mask, made once."""
@@ -78,7 +97,19 @@ class Cells:
         if self._folder is not None:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
-    def _get(self, make: Callable[[], T], file: str, save: Callable[[Path, T], None], load: Callable[[Path], T]) -> T:
+    def _in_turn(self, names: Iterable[str]) -> Iterator[str]:
+        waiting = list(names)
+        while waiting:
+            free = (place for place, name in enumerate(waiting) if not self._is_being_made(name))
+            yield waiting.pop(next(free, 0))
+
+    def _is_being_made(self, name: str) -> bool:
+        return self._folder is not None and is_being_made(self._folder / _value_file(name))
+
+    def _get(
+        self, make: Callable[[], T], file: str, save: Callable[[Path, T], None], load: Callable[[Path], T],
+        shared: bool = False,
+    ) -> T:  # fmt: skip
         if self._folder is None:
             if file not in self._memory:
                 self._memory[file] = make()
@@ -87,9 +118,12 @@ class Cells:
         path = self._folder / file
         if path.exists():
             return load(path)
-        made = make()
-        save(path, made)
-        return made
+        with nullcontext() if shared else making(path):
+            if path.exists():  # by now
+                return load(path)
+            made = make()
+            save(path, made)
+            return made
 
 
 def _differences(name: str, theirs: Any, mine: Any) -> list[str]:
@@ -103,6 +137,10 @@ def _differences(name: str, theirs: Any, mine: Any) -> list[str]:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _value_file(name: str) -> str:
+    return f"{name}.json"
 
 
 def _vector_file(name: str) -> str:

@@ -58,10 +58,10 @@ def test_two_processes_are_as_one(tmp_path, monkeypatch):
     assert (tmp_path / "two" / "said1").read_text() == ""
 
 
-@pytest.mark.parametrize("line", ["merge --model tiny", "suite --model tiny", "inspect mask.safetensors"])
+@pytest.mark.parametrize("line", ["merge --model tiny", "inspect mask.safetensors"])
 def test_other_commands_refuse_to_run_twice(monkeypatch, line):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TalosError, match="runs in one process; several are for calibrate and finetune"):
+    with pytest.raises(TalosError, match="runs in one process; several are for calibrate, finetune and suite"):
         app(line.split(), standalone_mode=False)
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from talos_fast import TaskVector
 from talos_fast.cells import Cells
 from talos_fast.models import Backbone
-from talos_fast.study import MethodResult, Study, examiner
+from talos_fast.study import Study, examiner
 from talos_fast.study import study as engine
 
 # No figure is a default, or that of another.
@@ -98,7 +98,7 @@ def test_batches_are_prepared_once_if_all_of_them_fit(monkeypatch, limit, kept):
 def test_the_seconds_of_a_vector_are_those_of_all_that_it_needs(odd):
     learner = odd._learner
     alone = {name: learner.vector(name, 1e-3, TASK).info["seconds"] for name in ODD.learning_rates}
-    found = {name: learner.outcome(name, 1e-3, TASK)["seconds"] for name in ODD.learning_rates}
+    found = {name: learner.outcomes(name, [(1e-3, TASK)], "")[0]["seconds"] for name in ODD.learning_rates}
     assert found["nonlinear"] == alone["nonlinear"] > 0
     assert found["talos"] == alone["talos"] + odd.mask(TASK).info["seconds"]
     assert found["lota"] == alone["lota"] + alone["nonlinear"]
@@ -111,7 +111,7 @@ def test_a_rate_is_chosen_by_the_mean_over_the_first_tasks(backbone, monkeypatch
     plan = replace(PLAN, learning_rates={"nonlinear": (1e-3, 1e-2)}, selection=selection)
     made = Study(backbone, tasks, None, plan, progress=False)
     known = {("three", 1e-3): 0.5, ("three", 1e-2): 0.25, ("four", 1e-3): 0.25, ("four", 1e-2): 0.75}
-    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": known[task.name, lr]})
+    monkeypatch.setattr(made._learner, "_outcome", lambda method, lr, task: {"validation": known[task.name, lr]})
     found = made._learner.rate("nonlinear")
     assert found["lr"] == best and found["validation_by_lr"]["0.01"] == (0.25 if selection == 1 else 0.5)
 
@@ -131,7 +131,7 @@ def test_what_a_task_s_recipe_says_goes_before_the_plan(backbone):
 def test_of_equal_rates_the_least_is_chosen(backbone, monkeypatch):
     plan = replace(PLAN, learning_rates={"nonlinear": (1e-3, 1e-2)})
     made = Study(backbone, [TASK], None, plan, progress=False)
-    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": 0.5})
+    monkeypatch.setattr(made._learner, "_outcome", lambda method, lr, task: {"validation": 0.5})
     assert made._learner.rate("nonlinear")["lr"] == 1e-3
 
 
@@ -142,8 +142,8 @@ def test_addition_is_held_against_each_task_s_own_vector(backbone, monkeypatch):
     found = made._search_addition({"three": vector(0.25), "four": vector(0.5)}, vector(0.75))
     assert found.references == (0.25, 0.5) and found.alpha == 2.0 and found.best.accuracies == (1.5, 1.5)
     monkeypatch.setattr(made._examiner, "test", lambda task, v, alpha=1.0: v.norm() * alpha)
-    made._add(row := MethodResult("talos", 1e-3, {}), {"three": vector(0.25), "four": vector(0.5)}, vector(0.75))
-    assert row.addition == found and row.added == {"three": 1.5, "four": 1.5}, "of the sum, at the best coefficient"
+    found = {"search": found.to_json(), "added": {"three": 1.5, "four": 1.5}}  # of the sum, at the best coefficient
+    assert made._added({"three": vector(0.25), "four": vector(0.5)}) == found
 
 
 def test_negation_has_a_grid_and_a_floor_of_its_own(backbone, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_rival_merges_by_its_own_method(backbone, monkeypatch):
     plan = replace(PLAN, learning_rates={"nonlinear": (1e-3,)}, addition_grid=(0.0, 1.0))
     made = Study(backbone, [image_task("three", 3), image_task("four", 4)], None, plan, progress=False)
     assert made.rival("magnitude_prune")["method"] == "nonlinear+magnitude_prune"
-    assert given == [{}, {"method": "magnitude_prune"}]
+    assert given == [{"method": "task_arithmetic"}, {"method": "magnitude_prune"}]
 
 
 @pytest.mark.parametrize("kept", ["in memory", "in a folder"])

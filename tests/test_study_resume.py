@@ -63,7 +63,7 @@ def test_rates_grow_while_an_end_is_best(backbone, monkeypatch, best, tried):
     start = (1.0, 4.0) if 64 in tried else (1.0, 2.0)
     plan = replace(PLAN, learning_rates={"nonlinear": start}, extend=5)
     made = Study(backbone, [task := image_task()], task, plan, progress=False)
-    monkeypatch.setattr(made._learner, "outcome", lambda method, lr, task: {"validation": -abs(lr - best)})
+    monkeypatch.setattr(made._learner, "_outcome", lambda method, lr, task: {"validation": -abs(lr - best)})
     found = made._learner.rate("nonlinear")
     assert found["lr"] == best and [float(lr) for lr in found["validation_by_lr"]] == tried
 

@@ -16,10 +16,10 @@ import yaml
 
 from talos_fast import models
 from talos_fast.arguments import checked_seed
+from talos_fast.cli.processes import is_first
 from talos_fast.errors import TalosError, brief
 from talos_fast.fingerprint import read_checkpoint
 from talos_fast.models import Backbone, Classifier
-from talos_fast.ranks import Ranks
 from talos_fast.task_vector import TaskVector
 from talos_fast.tasks import Task
 from talos_fast.tasks import load as load_task
@@ -173,7 +173,7 @@ def resumable(place: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         hint = f"the same command goes on from {place}" if place else "--checkpoint-dir would keep finished rounds"
-        if Ranks().rank == 0:
+        if is_first():
             typer.echo(f"interrupted; {hint}", err=True)
         raise typer.Exit(130) from None
 

@@ -1,4 +1,4 @@
-"""Commands in several processes, as torchrun starts them: they work as one, and the first of them speaks."""
+"""Commands in several processes, as torchrun starts them: they work as one or share the work; the first one speaks."""
 
 import logging
 import os
@@ -9,25 +9,44 @@ import typer
 
 from talos_fast.errors import TalosError
 
-COMMANDS = ("calibrate", "finetune")
+AS_ONE = ("calibrate", "finetune")
+SHARING = ("suite",)  # by the folder of results, which needs no group
+
+
+def is_first() -> bool:
+    """Whether no process with a lower rank was started with this one."""
+    return _world() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def join(ctx: typer.Context) -> None:
-    """Makes a group of the processes that a launcher has started, until they `leave`; nothing for one alone.
+    """Takes this process's GPU, and makes a group of the processes that a launcher has started, until they `leave`.
+
+    Nothing for one process alone.
 
     Raises:
         TalosError: the command runs in one process only, or the launcher does not say how to meet.
     """
-    world = os.environ.get("WORLD_SIZE") or "1"
-    if not world.isdecimal():
-        raise TalosError(f"WORLD_SIZE={world}: not a number of processes; unset it, or start them by torchrun")
-    if int(world) <= 1:
+    if _world() == 1:
         return
-    if ctx.invoked_subcommand not in COMMANDS:
-        raise TalosError(f"{ctx.invoked_subcommand} runs in one process; several are for {' and '.join(COMMANDS)}")
+    if (command := ctx.invoked_subcommand) not in AS_ONE + SHARING:
+        raise TalosError(f"{command} runs in one process; several are for {', '.join(AS_ONE)} and {SHARING[0]}")
     if torch.cuda.is_available():
         # Some launchers show each process its own GPU only, and with --device cpu there may be fewer GPUs.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if not is_first():
+        logging.getLogger("talos_fast").setLevel(logging.ERROR)
+    if command in AS_ONE:
+        _meet(ctx)
+
+
+def _world() -> int:
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if not world.isdecimal():
+        raise TalosError(f"WORLD_SIZE={world}: not a number of processes; unset it, or start them by torchrun")
+    return max(1, int(world))
+
+
+def _meet(ctx: typer.Context) -> None:
     try:
         dist.init_process_group()
     except (ValueError, RuntimeError) as error:
@@ -35,8 +54,6 @@ def join(ctx: typer.Context) -> None:
             f"WORLD_SIZE is set, but the processes cannot meet ({error}); start them by torchrun"
         ) from error
     ctx.call_on_close(leave)
-    if dist.get_rank() > 0:
-        logging.getLogger("talos_fast").setLevel(logging.ERROR)
 
 
 def leave() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from talos_fast import writing
 from talos_fast.cli import options as o
+from talos_fast.cli.processes import is_first
 from talos_fast.errors import TalosError
 from talos_fast.study import MethodResult, Plan
 from talos_fast.suite import RATES, Suite, choose_methods, run_suite
@@ -56,7 +57,10 @@ def suite(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many validation inputs.")] = None,
     test_limit: Annotated[int | None, typer.Option(min=1, help="At most this many test inputs.")] = None,
 ) -> None:
-    """Run a table: methods × tasks, fine-tuned, added and negated. Stopped in any way, the same command goes on."""
+    """Run a table: methods × tasks, fine-tuned, added and negated. Stopped in any way, the same command goes on.
+
+    Processes that run the same command, by torchrun or each by itself, share the work.
+    """
     writing.require_folder(out, "--out")
     chosen = choose_methods(methods or ["all"])
     given = _given([*(tasks or []), *(more or [])], preset, data, control, run.seed)
@@ -69,13 +73,16 @@ def suite(
     )  # fmt: skip
     recipes = given.recipes if steps is None else {task: _shortened(r, steps) for task, r in given.recipes.items()}
     whole = Suite(given.tasks, given.control, plan, recipes, merge or [])
-    identity = {"pretrained": run.pretrained, "device": run.place, "dtype": run.dtype}
-    backbone = run.backbone()
+    kind, _, _ = run.place.partition(":")  # a run may go on, or be shared, on another of the machine's GPUs
+    identity = {"pretrained": run.pretrained, "device": kind, "dtype": run.dtype}
+    backbone, speaks = run.backbone(), is_first()
     with o.resumable(out):
         result = run_suite(
-            backbone, whole, out, identity=identity,
-            progress=not run.quiet, finished=lambda so_far: typer.echo(_done(so_far.methods[-1])),
+            backbone, whole, out, identity=identity, progress=speaks and not run.quiet,
+            finished=(lambda so_far: typer.echo(_done(so_far.methods[-1]))) if speaks else None,
         )  # fmt: skip
+    if not speaks:
+        return
     show_means(result)
     typer.echo(f"{out / 'table.md'}, {out / 'report.json'}: the table; {out / 'cells'}: masks, vectors, every part")
 

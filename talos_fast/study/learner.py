@@ -1,6 +1,8 @@
 """`Learner`: masks, learning rates and task vectors of a study, each made once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -52,35 +54,41 @@ class Learner:
 
     def rate(self, method: str) -> dict[str, Any]:
         """The learning rate of a method, one for all tasks, and the mean validation accuracy of every rate it tried."""
-        return self._cells.value(f"{method}/rate", lambda: self._choose_rate(method))
+        return self._cells.whole(f"{method}/rate", lambda: self._choose_rate(method))
 
-    def outcome(self, method: str, lr: float, task: Task) -> dict[str, Any]:
-        """The validation accuracy of a task's vector, and the seconds it took, with all that its method needs first."""
+    def outcomes(self, method: str, runs: Sequence[tuple[float, Task]], label: str) -> list[dict[str, Any]]:
+        """For each rate and task the validation accuracy of the vector, and the seconds that all it needs took."""
+        parts = {_cell(method, *run): partial(self._outcome, method, *run) for run in runs}
+        return [*self.each(parts, f"{method}: {label}").values()]
 
-        def make() -> dict[str, Any]:
-            vector = self.vector(method, lr, task)
-            (accuracy,) = self._examiner.validate(task, vector)
-            seconds = vector.info["seconds"]
-            if method == "talos":
-                seconds += self.mask(task).info["seconds"]
-            elif method == "lota" and (rate := self._full_rate()):
-                seconds += self.outcome("nonlinear", rate, task)["seconds"]
-            return {"validation": accuracy, "seconds": seconds, "last_loss": vector.info["last_loss"]}
-
-        return self._cells.value(_cell(method, lr, task), make)
+    def each(self, parts: Mapping[str, Callable[[], Any]], label: str) -> dict[str, Any]:
+        """The cells of these names, behind a bar on a terminal."""
+        return self._cells.values(parts, self.bar(label, len(parts)))
 
     def vector(self, method: str, lr: float, task: Task) -> TaskVector:
         """What a method makes of a task at a rate."""
         return self._cells.vector(_cell(method, lr, task), lambda: self._finetune(method, lr, task))
 
+    def _outcome(self, method: str, lr: float, task: Task) -> dict[str, Any]:
+        vector = self.vector(method, lr, task)
+        (accuracy,) = self._examiner.validate(task, vector)
+        seconds = vector.info["seconds"]
+        if method == "talos":
+            seconds += self.mask(task).info["seconds"]
+        elif method == "lota" and (rate := self._full_rate()):
+            full = partial(self._outcome, "nonlinear", rate, task)
+            seconds += self._cells.value(_cell("nonlinear", rate, task), full)["seconds"]
+        return {"validation": accuracy, "seconds": seconds, "last_loss": vector.info["last_loss"]}
+
     def _choose_rate(self, method: str) -> dict[str, Any]:
         plan, rates = self._plan, list(self._plan.learning_rates[method])
         chosen_on, scores = self._tasks[: plan.selection], dict[float, float]()
         for number in range(plan.extend + 1):
-            new = [rate for rate in rates if rate not in scores]
-            runs = self.bar([(lr, task) for lr in new for task in chosen_on], f"{method}: choose a rate")
-            found = {(lr, task.name): self.outcome(method, lr, task)["validation"] for lr, task in runs}
-            scores |= {lr: sum(found[lr, task.name] for task in chosen_on) / len(chosen_on) for lr in new}
+            new = [lr for lr in rates if lr not in scores]
+            outcomes = iter(self.outcomes(method, [(lr, task) for lr in new for task in chosen_on], "choose a rate"))
+            for lr in new:
+                found = [outcome["validation"] for outcome in islice(outcomes, len(chosen_on))]
+                scores[lr] = sum(found) / len(chosen_on)
             best = max(rates, key=lambda lr: scores[lr])
             if number == plan.extend or best not in (rates[0], rates[-1]):
                 break
@@ -111,9 +119,9 @@ class Learner:
                 **{"weight_decay": plan.weight_decay, **length, **options, **recipe},
             )  # fmt: skip
 
-    def bar(self, items: Sequence[Any], label: str) -> Any:
-        """The items, behind a bar on a terminal."""
-        return tqdm(items, label, disable=None if self._progress else True, leave=False)
+    def bar(self, label: str, total: int) -> Callable[[Iterable[Any]], Any]:
+        """Shows on a terminal how far a loop over so many items is."""
+        return partial(tqdm, desc=label, total=total, disable=None if self._progress else True, leave=False)
 
 
 def _cell(method: str, lr: float, task: Task) -> str:

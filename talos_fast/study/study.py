@@ -49,7 +49,8 @@ class Study:
     def run(self) -> StudyResult:
         """Calibrates, fine-tunes, adds and negates."""
         zero_shot, control = self.zero_shot()
-        masks = {task.name: self.mask(task) for task in self._bar(self._tasks, "calibrate")}
+        bar = self._learner.bar("calibrate", len(self._tasks))
+        masks = {task.name: self.mask(task) for task in bar(self._tasks)}
         rows, vectors = [], {}
         for method in self._plan.learning_rates:
             row, vectors[method] = self.learn(method)
@@ -59,13 +60,11 @@ class Study:
 
     def zero_shot(self) -> tuple[dict[str, float], float | None]:
         """Test accuracies of the pre-trained model: on each task, and on the control."""
-
-        def measure() -> dict[str, Any]:
-            tasks = {task.name: self._examiner.test(task, self._nothing) for task in self._tasks}
-            return {"tasks": tasks, "control": self._control and self._examiner.test(self._control, self._nothing)}
-
-        found = self._cells.value("zero_shot", measure)
-        return found["tasks"], found["control"]
+        tasks = {task.name: task for task in (*self._tasks, self._control) if task is not None}
+        parts = {f"zero_shot/{name}": partial(self._examiner.test, task, self._nothing) for name, task in tasks.items()}
+        found = dict(zip(tasks, self._learner.each(parts, "zero-shot").values(), strict=True))
+        control = None if self._control is None else found[self._control.name]
+        return {task.name: found[task.name] for task in self._tasks}, control
 
     def mask(self, task: Task) -> Mask:
         """The TaLoS mask of a task."""
@@ -73,13 +72,13 @@ class Study:
 
     def row(self, method: str) -> dict[str, Any]:
         """`learn` and `edit` as JSON, measured once."""
-        return self._cells.value(f"{method}/result", lambda: self.edit(*self.learn(method)).to_json())
+        return self._cells.whole(f"{method}/result", lambda: self.edit(*self.learn(method)).to_json())
 
     def learn(self, method: str) -> tuple[MethodResult, dict[str, TaskVector]]:
         """Fine-tunes every task by one method, at its best rate."""
         rate = self._learner.rate(method)
-        runs = self._bar(self._tasks, f"{method}: fine-tune")
-        seconds = sum(self._learner.outcome(method, rate["lr"], task)["seconds"] for task in runs)
+        outcomes = self._learner.outcomes(method, [(rate["lr"], task) for task in self._tasks], "fine-tune")
+        seconds = sum(outcome["seconds"] for outcome in outcomes)
         vectors = {task.name: self._learner.vector(method, rate["lr"], task) for task in self._tasks}
         row = MethodResult(method, rate["lr"], rate["validation_by_lr"], seconds=seconds)
         row.vector_bytes = {name: vector.info.get("factor_bytes", vector.nbytes) for name, vector in vectors.items()}
@@ -87,17 +86,20 @@ class Study:
 
     def edit(self, row: MethodResult, vectors: dict[str, TaskVector]) -> MethodResult:
         """Completes a row: tests every vector alone, adds all, and negates each."""
-
-        def alone() -> dict[str, float]:
-            return {task.name: self._examiner.test(task, vectors[task.name]) for task in self._tasks}
-
-        row.single = self._cells.value(f"{row.method}/single", alone)
-        self._add(row, vectors, combine(list(vectors.values())))
-        for task in self._bar(self._tasks if self._control else [], f"{row.method}: negate"):
-            negate = partial(self._negated, task, vectors[task.name])
-            found = self._cells.value(f"{row.method}/negation/{task.name}", negate)
-            row.negation[task.name] = AlphaSearch.from_json(found["search"])
-            row.target[task.name], row.control[task.name] = found["target"], found["control"]
+        method, tasks = row.method, {task.name: task for task in self._tasks}
+        negated = tasks if self._control else {}
+        test, negate = self._examiner.test, self._negated
+        parts: dict[str, Callable[[], Any]]
+        parts = {f"{method}/single/{name}": partial(test, task, vectors[name]) for name, task in tasks.items()}
+        parts[f"{method}/addition"] = partial(self._added, vectors)
+        parts |= {f"{method}/negation/{name}": partial(negate, task, vectors[name]) for name, task in negated.items()}
+        found = self._learner.each(parts, f"{method}: add and negate")
+        row.single = {name: found[f"{method}/single/{name}"] for name in tasks}
+        _take_addition(row, found[f"{method}/addition"])
+        for name in negated:
+            one = found[f"{method}/negation/{name}"]
+            row.negation[name] = AlphaSearch.from_json(one["search"])
+            row.target[name], row.control[name] = one["target"], one["control"]
         return row
 
     def rival(self, merging: str) -> dict[str, Any]:
@@ -106,10 +108,11 @@ class Study:
         def make() -> dict[str, Any]:
             row, vectors = self.learn("nonlinear")
             row.single, row.method = self.row("nonlinear")["single"], f"nonlinear+{merging}"
-            self._add(row, vectors, combine(list(vectors.values()), method=merging))
+            add = partial(self._added, vectors, method=merging)
+            _take_addition(row, self._cells.value(f"{row.method}/addition", add))
             return row.to_json()
 
-        return self._cells.value(f"nonlinear+{merging}/result", make)
+        return self._cells.whole(f"nonlinear+{merging}/result", make)
 
     def classifier(self, task: Task) -> Classifier:
         """The shared encoder with the head of a task."""
@@ -119,14 +122,11 @@ class Study:
         """See `Examiner.predict`."""
         return self._examiner.predict(task, limit)
 
-    def _add(self, row: MethodResult, vectors: dict[str, TaskVector], merged: TaskVector) -> None:
-        def make() -> dict[str, Any]:
-            search = self._search_addition(vectors, merged)
-            added = {task.name: self._examiner.test(task, merged, search.alpha) for task in self._tasks}
-            return {"search": search.to_json(), "added": added}
-
-        found = self._cells.value(f"{row.method}/addition", make)
-        row.addition, row.added = AlphaSearch.from_json(found["search"]), found["added"]
+    def _added(self, vectors: dict[str, TaskVector], method: str = "task_arithmetic") -> dict[str, Any]:
+        merged = combine(list(vectors.values()), method=method)
+        search = self._search_addition(vectors, merged)
+        added = {task.name: self._examiner.test(task, merged, search.alpha) for task in self._tasks}
+        return {"search": search.to_json(), "added": added}
 
     def _search_addition(self, vectors: dict[str, TaskVector], merged: TaskVector) -> AlphaSearch:
         grid, validate = self._plan.addition_grid, self._examiner.validate
@@ -151,5 +151,6 @@ class Study:
         assert self._control is not None
         return self._stand_in if self._stand_in is not None and task.name == self._control.name else self._control
 
-    def _bar(self, items: Sequence[Any], label: str) -> Any:
-        return self._learner.bar(items, label)
+
+def _take_addition(row: MethodResult, found: Mapping[str, Any]) -> None:
+    row.addition, row.added = AlphaSearch.from_json(found["search"]), found["added"]

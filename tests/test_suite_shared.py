@@ -1,0 +1,145 @@
+"""Several processes that run one suite: each part is made once, by whoever is free, and all tell the same."""
+
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from cli_cases import run_line
+from tiny_models import image_task, tiny_clip
+
+from talos_fast import TalosError, locking
+from talos_fast.cells import Cells
+from talos_fast.locking import is_being_made, making
+from talos_fast.study import Plan, learner
+from talos_fast.suite import Suite, run_suite
+
+PLAN = Plan({"nonlinear": (1e-3,), "lota": (1e-3,), "talos": (1e-3, 1e-2)}, steps=3, batch_size=6, samples=8)
+RUNS = 2 + 2 + 4
+
+
+def run_shared(rank: int, out: Path, made: Path) -> None:
+    """A process of the suite: says which vectors it trains, and takes its time, so that another finds work."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    train = learner.finetune
+
+    def watched(*arguments, **options):
+        (made / f"{rank} {options['method']} {time.monotonic_ns()}").touch()
+        time.sleep(0.3)
+        return train(*arguments, **options)
+
+    learner.finetune = watched
+    suite = Suite([image_task("three", 3), image_task("four", 4)], image_task("five", 5), PLAN, mergings=("ties",))
+    result = run_suite(tiny_clip(), suite, out, progress=False)
+    (made / f"result{rank}.json").write_text(json.dumps([row.to_json() for row in result.methods]))
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_processes_share_a_suite(tmp_path):
+    found = {}
+    for name, count in (("shared", 2), ("alone", 1)):
+        out, made = tmp_path / name, tmp_path / f"{name}-made"
+        made.mkdir()
+        mp.spawn(run_shared, (out, made), nprocs=count)
+        trained = [path.name.split() for path in made.glob("* *")]
+        assert len(trained) == RUNS and len({rank for rank, *_ in trained}) == count
+        found[name] = [json.loads((made / f"result{rank}.json").read_text()) for rank in range(count)]
+        assert json.loads((out / "report.json").read_text())["methods"] == found[name][0]
+        assert not list(out.rglob("*.lock")) and not list(out.rglob("checkpoint*"))
+    assert found["shared"][0] == found["shared"][1]
+    assert without_seconds(found["shared"][0]) == without_seconds(found["alone"][0])
+
+
+def hold(_: int, path: Path, end: str) -> None:
+    with making(path):
+        (path.parent / "held").touch()
+        if end == "killed":
+            time.sleep(3600)
+        while not (path.parent / "go on").exists():
+            time.sleep(0.01)
+        if end == "failed":
+            raise ZeroDivisionError
+        path.write_text("theirs")
+
+
+def held_by_another(path: Path, end: str) -> mp.ProcessContext:
+    context = mp.spawn(hold, (path, end), join=False)
+    while not (path.parent / "held").exists():
+        context.join(0.01)
+    return context
+
+
+@pytest.mark.parametrize("end", ["made", "failed", "killed"])
+def test_one_waits_for_another(tmp_path, monkeypatch, end):
+    """Until the other has made it, or lets go, whatever ends it."""
+    path = tmp_path / "part.json"
+    other = held_by_another(path, end)
+    assert is_being_made(path)
+
+    said = []
+
+    def waits(text: str, *given: object) -> None:
+        said.append(text % given)
+        (tmp_path / "go on").touch()
+        if end == "killed":
+            other.processes[0].kill()
+
+    monkeypatch.setattr(locking.logger, "info", waits)
+    with making(path):
+        assert path.exists() == (end == "made")
+    assert said == [f"{path}: waiting for the process that makes it"] and not is_being_made(path)
+    other.processes[0].join()
+
+
+def test_what_fails_is_made_by_the_next(tmp_path):
+    cells = Cells(tmp_path, {})
+    with pytest.raises(ZeroDivisionError):
+        cells.value("part", lambda: 1 / 0)
+    assert cells.value("part", lambda: 2) == Cells(tmp_path, {}).value("part", lambda: 3) == 2
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_parts_that_another_makes_come_last(tmp_path):
+    cells, order = Cells(tmp_path, {}), []
+
+    def make(name: str) -> str:
+        order.append(name)
+        return name
+
+    parts = {name: partial(make, name) for name in "abc"}
+    lock = locking._lock(tmp_path / "a.json")
+    with lock.acquire(timeout=0):
+        names = cells._in_turn(parts)
+        taken = [next(names), next(names)]
+    assert [*taken, *names] == ["b", "c", "a"]
+    assert cells.values(parts, bar=iter) == {name: name for name in "abc"} and order == ["a", "b", "c"]
+
+
+def test_a_folder_in_which_nothing_can_be_locked(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(TalosError, match=r"part.json: cannot be locked \(.*; choose another place"),
+        making(tmp_path / "file" / "part.json"),
+    ):
+        raise AssertionError
+    assert not is_being_made(tmp_path / "file" / "part.json")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_a_launcher_the_first_process_speaks(tmp_path, monkeypatch, capfd, rank):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank)), ("LOCAL_RANK", str(rank))):
+        monkeypatch.setenv(name, value)
+    line = "suite --model tiny demo:digits demo:shapes --methods nonlinear --lr 1e-3 --steps 1 --limit 4 --test-limit 4"
+    code, said, errors = run_line(monkeypatch, capfd, line)
+    assert code == 0 and not torch.distributed.is_initialized()
+    assert ("nonlinear: done" in said and "table.md" in said) if rank == 0 else said == errors == ""
+    assert (Path("suite") / "table.md").is_file() and os.environ["RANK"] == str(rank)
