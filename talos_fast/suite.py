@@ -18,7 +18,7 @@ from talos_fast.merging import METHODS as MERGINGS
 from talos_fast.methods import METHODS, get_method
 from talos_fast.models import Backbone
 from talos_fast.modules import device_of
-from talos_fast.study import MethodResult, Plan, Study, StudyResult
+from talos_fast.study import Plan, Study, StudyResult
 from talos_fast.tasks import Split, Task
 from talos_fast.tasks.base import check_distinct
 
@@ -122,10 +122,8 @@ def run_suite(
     study = Study(backbone, suite.tasks, suite.control, suite.plan, progress, cells, recipes=suite.recipes)
     zero_shot, control = study.zero_shot()
     result = StudyResult(suite.plan, zero_shot, control, [])
-    jobs = [partial(study.row, method) for method in suite.plan.learning_rates]
-    jobs += [partial(study.rival, merging) for merging in suite.mergings]
-    for job in jobs:
-        result.methods.append(MethodResult.from_json(job()))
+    for row in study.rows(suite.mergings):
+        result.methods.append(row)
         _write(result, device_of(backbone.encoder), out)
         if finished is not None:
             finished(result)

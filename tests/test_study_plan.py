@@ -181,7 +181,7 @@ def test_a_rival_merges_by_its_own_method(backbone, monkeypatch):
     monkeypatch.setattr(engine, "combine", watched)
     plan = replace(PLAN, learning_rates={"nonlinear": (1e-3,)}, addition_grid=(0.0, 1.0))
     made = Study(backbone, [image_task("three", 3), image_task("four", 4)], None, plan, progress=False)
-    assert made.rival("magnitude_prune")["method"] == "nonlinear+magnitude_prune"
+    assert [row.method for row in made.rows(["magnitude_prune"])] == ["nonlinear", "nonlinear+magnitude_prune"]
     assert given == [{"method": "task_arithmetic"}, {"method": "magnitude_prune"}]
 
 

@@ -1,6 +1,7 @@
 """A study: every task fine-tuned by every method, added, and negated; what `talos-fast demo` and `suite` run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,13 @@ class Study:
         """The TaLoS mask of a task."""
         return self._learner.mask(task)
 
+    def rows(self, mergings: Sequence[str] = ()) -> Iterator[MethodResult]:
+        """A row a method, then one of each of these post-hoc merging methods (`talos_fast.merging`)."""
+        for method in self._plan.learning_rates:
+            yield MethodResult.from_json(self.row(method))
+        if mergings:
+            yield from self._rivals(dict.fromkeys(mergings))
+
     def row(self, method: str) -> dict[str, Any]:
         """`learn` and `edit` as JSON, measured once."""
         return self._cells.whole(f"{method}/result", lambda: self.edit(*self.learn(method)).to_json())
@@ -102,18 +110,6 @@ class Study:
             row.target[name], row.control[name] = one["target"], one["control"]
         return row
 
-    def rival(self, merging: str) -> dict[str, Any]:
-        """A row of a post-hoc merging method (`talos_fast.merging`) on the vectors of "nonlinear"; addition only."""
-
-        def make() -> dict[str, Any]:
-            row, vectors = self.learn("nonlinear")
-            row.single, row.method = self.row("nonlinear")["single"], f"nonlinear+{merging}"
-            add = partial(self._added, vectors, method=merging)
-            _take_addition(row, self._cells.value(f"{row.method}/addition", add))
-            return row.to_json()
-
-        return self._cells.whole(f"nonlinear+{merging}/result", make)
-
     def classifier(self, task: Task) -> Classifier:
         """The shared encoder with the head of a task."""
         return self._examiner.classifier(task)
@@ -121,6 +117,16 @@ class Study:
     def predict(self, task: Task, limit: int) -> Callable[[nn.Module], Tensor]:
         """See `Examiner.predict`."""
         return self._examiner.predict(task, limit)
+
+    def _rivals(self, mergings: Collection[str]) -> Iterator[MethodResult]:
+        """On the vectors of "nonlinear"; addition only."""
+        start, vectors = self.learn("nonlinear")
+        start.single = self.row("nonlinear")["single"]
+        parts = {f"nonlinear+{merging}/addition": partial(self._added, vectors, merging) for merging in mergings}
+        for merging, found in zip(mergings, self._learner.each(parts, "nonlinear: merge").values(), strict=True):
+            row = replace(start, method=f"nonlinear+{merging}")
+            _take_addition(row, found)
+            yield row
 
     def _added(self, vectors: dict[str, TaskVector], method: str = "task_arithmetic") -> dict[str, Any]:
         merged = combine(list(vectors.values()), method=method)
