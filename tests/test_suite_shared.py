@@ -133,6 +133,7 @@ def test_a_folder_in_which_nothing_can_be_locked(tmp_path):
     assert not is_being_made(tmp_path / "file" / "part.json")
 
 
+@pytest.mark.usefixtures("logged")  # which puts back how much is logged
 @pytest.mark.parametrize("rank", [0, 1])
 def test_under_a_launcher_the_first_process_speaks(tmp_path, monkeypatch, capfd, rank):
     monkeypatch.chdir(tmp_path)
