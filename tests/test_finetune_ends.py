@@ -40,7 +40,7 @@ def fail(rank: int, folder: Path) -> None:
         run("nonlinear", broken if rank else batches(0, 2), steps=4)
     with pytest.raises(TalosError, match="epoch 0, batch 0: not the same parameters have gradients on all ranks"):
         run("nonlinear", batches(rank, 2), Forgetful())
-    with pytest.raises(RuntimeError, match="not support sparse gradients"):
+    with pytest.raises(RuntimeError, match="(?i)sparse"):  # the optimizer's, or torch 2.11's norm
         run("nonlinear", [(torch.arange(4), torch.arange(4) % 3)], nn.Embedding(4, 3, sparse=True), clip=None)
 
 

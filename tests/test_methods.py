@@ -121,7 +121,7 @@ def _labels(batch) -> torch.Tensor:
 def test_every_method_lowers_its_loss_and_its_vector_is_what_was_trained(kind, method, tmp_path):
     model, batches = case(kind, tmp_path)
     base = copy.deepcopy(model)
-    vector = train(model, batches, method, steps=16, weight_decay=0.0)
+    vector = train(model, batches, method, steps=20, weight_decay=0.0)
     assert vector.linearized == (method in LINEAR) and vector.info["method"] == method
 
     def loss(of) -> float:

@@ -9,7 +9,8 @@ from libraries import FOLDER, HERE, RUNTIME, build
 def environment() -> dict[str, str]:
     """That of a process in which torch finds the device."""
     paths = [str(HERE), str(FOLDER), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return inherited | {
         "LD_PRELOAD": str(RUNTIME), "PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_INTERPRET": "1"
     }  # fmt: skip
 
