@@ -15,7 +15,6 @@ from talos_fast.task_vector import TaskVector
 
 T = TypeVar("T")
 
-IDENTITY = "plan.json"
 CHECKPOINT = "checkpoint"
 
 
@@ -42,14 +41,12 @@ class Cells:
         if folder is None:
             return
         mine = json.loads(writing.dumps(identity))
-        path = folder / IDENTITY
-        theirs = _read_json(path) if path.exists() else mine
+        theirs = self.value("plan", lambda: mine)
         if theirs != mine:
             differing = ", ".join(_differences("", theirs, mine))
             raise TalosError(
                 f"{folder}: holds results of another plan ({differing}); give another folder, or remove it"
             )
-        writing.write_json(path, mine)
 
     def value(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON value, made once."""

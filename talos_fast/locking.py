@@ -35,8 +35,7 @@ def making(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-    with suppress(OSError):  # once the file is there it does not matter who still holds which lock
-        Path(lock.lock_file).unlink(missing_ok=True)
+    _remove(lock)
 
 
 def is_being_made(path: Path) -> bool:
@@ -46,9 +45,20 @@ def is_being_made(path: Path) -> bool:
         return False
     try:
         with lock.acquire(timeout=0):
-            return False
+            pass
     except Timeout:
         return True
+    except OSError:  # `making` says what is wrong
+        return False
+    if path.exists():  # since just now, and asking has put back the lock file that its maker took away
+        _remove(lock)
+    return False
+
+
+def _remove(lock: BaseFileLock) -> None:
+    """Once the file is there it does not matter who still holds which lock."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> BaseFileLock:

@@ -1,6 +1,7 @@
 """`run_suite`: a whole table of methods over tasks, cell by cell on disk, so that a run that was killed goes on."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,6 +28,8 @@ RATES = {
     "talos": (1e-4, 3e-4),
 }  # fmt: skip
 """Learning rates to choose from where no preset gives one: two a method, around the rate at which it learns."""
+
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def run_suite(
     progress: bool = True,
     finished: Callable[[StudyResult], None] | None = None,
 ) -> StudyResult:
-    """Runs every cell that ``out`` does not hold yet, and writes ``table.md`` and ``report.json`` after each method.
+    """Runs every cell that ``out`` does not hold yet, and writes ``table.md`` and ``report.json`` as rows are finished.
 
     A cell is a mask, a fine-tuned vector, the choice of a learning rate, a test, an addition, or one task's negation.
     It is written atomically when it is finished, and a fine-tuning that was interrupted goes on from its checkpoint; so
@@ -99,7 +102,7 @@ def run_suite(
         out: folder of the results.
         identity: further facts that a run to go on must share (JSON), such as how the model was loaded.
         progress: bars on a terminal.
-        finished: called after each method with what there is so far.
+        finished: called after each row with what there is so far.
 
     Returns:
         The table's content; vectors and masks are in ``out``.
@@ -121,12 +124,14 @@ def run_suite(
     _keep_rates(cells, suite.plan)
     study = Study(backbone, suite.tasks, suite.control, suite.plan, progress, cells, recipes=suite.recipes)
     zero_shot, control = study.zero_shot()
-    result = StudyResult(suite.plan, zero_shot, control, [])
+    result, device = StudyResult(suite.plan, zero_shot, control, []), device_of(backbone.encoder)
     for row in study.rows(suite.mergings):
         result.methods.append(row)
-        _write(result, device_of(backbone.encoder), out)
+        if not _goes_on(out / REPORT, result):
+            _write(result, device, out)
         if finished is not None:
             finished(result)
+    _write(result, device, out)
     return result
 
 
@@ -143,9 +148,16 @@ def _keep_rates(cells: Cells, plan: Plan) -> None:
             )
 
 
+def _goes_on(path: Path, result: StudyResult) -> bool:
+    """Whether a report has these rows and more: another process is ahead, or an earlier run came further."""
+    there = json.loads(path.read_text(encoding="utf-8"))["methods"] if path.exists() else []
+    mine = [row.method for row in result.methods]
+    return len(there) > len(mine) and [row["method"] for row in there[: len(mine)]] == mine
+
+
 def _write(result: StudyResult, device: torch.device, out: Path) -> None:
     writing.write_text(out / "table.md", report.markdown(result))
-    writing.write_json(out / "report.json", report.to_json(result, device))
+    writing.write_json(out / REPORT, report.to_json(result, device))
 
 
 def task_digest(task: Task) -> str:

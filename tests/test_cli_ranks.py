@@ -12,6 +12,7 @@ from two_ranks import needs_gloo
 
 from talos_fast import Mask, TalosError, TaskVector
 from talos_fast.cli import app
+from talos_fast.cli.processes import is_first
 
 MODEL = "--model tiny --data demo:digits --batch-size 16"
 LINES = (
@@ -65,11 +66,23 @@ def test_other_commands_refuse_to_run_twice(monkeypatch, line):
         app(line.split(), standalone_mode=False)
 
 
-@pytest.mark.parametrize("world", ["two", "-1", "1.0"])
-def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, world):
-    monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(TalosError, match="WORLD_SIZE=.*: not a number of processes"):
-        app(["inspect", "mask.safetensors"], standalone_mode=False)
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["two", "-1", "1.0"])
+def test_what_no_launcher_sets_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with pytest.raises(TalosError, match=f"{name}={value}: not a number that a launcher sets"):
+        app(["suite"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("rank, first", [("", True), ("00", True), ("1", False)])
+def test_the_first_of_two(monkeypatch, rank, first):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert is_first() == first
 
 
 @pytest.mark.parametrize("world", ["", "0", "1"])

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
+import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch.multiprocessing as mp
 from cli_cases import run_line
 from tiny_models import image_task, tiny_clip
 
-from talos_fast import TalosError, locking
+from talos_fast import TalosError, locking, writing
 from talos_fast.cells import Cells
 from talos_fast.locking import is_being_made, making
 from talos_fast.study import Plan, learner
@@ -99,12 +102,72 @@ def test_one_waits_for_another(tmp_path, monkeypatch, end):
     other.processes[0].join()
 
 
+def test_asking_leaves_no_lock_behind(tmp_path, monkeypatch):
+    """Where the part is finished just then, and its lock removed."""
+    path, lock = tmp_path / "part.json", locking._lock(tmp_path / "part.json")
+    Path(lock.lock_file).touch()
+    acquire = lock.acquire
+
+    def late(timeout: float):
+        path.touch()
+        Path(lock.lock_file).unlink()
+        return acquire(timeout=timeout)
+
+    monkeypatch.setattr(lock, "acquire", late)
+    monkeypatch.setattr(locking, "_lock", lambda _: lock)
+    assert not is_being_made(path) and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_fails_is_made_by_the_next(tmp_path):
     cells = Cells(tmp_path, {})
     with pytest.raises(ZeroDivisionError):
         cells.value("part", lambda: 1 / 0)
     assert cells.value("part", lambda: 2) == Cells(tmp_path, {}).value("part", lambda: 3) == 2
     assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_of_two_plans_at_once_one_is_refused(tmp_path, monkeypatch):
+    write, waits, refused = writing.write_json, threading.Event(), []
+
+    def second() -> None:
+        with pytest.raises(TalosError, match="another plan"):
+            Cells(tmp_path, {"steps": 2})
+        refused.append(True)
+
+    other = threading.Thread(target=second)
+
+    def slow(path: Path, content: object) -> None:
+        other.start()
+        assert waits.wait(10)
+        write(path, content)
+
+    monkeypatch.setattr(locking.logger, "info", lambda *said: waits.set())
+    monkeypatch.setattr(writing, "write_json", slow)
+    Cells(tmp_path, {"steps": 1})
+    other.join()
+    assert refused and json.loads((tmp_path / "plan.json").read_text()) == {"steps": 1}
+
+
+def test_a_finished_suite_again(tmp_path):
+    """Nothing is trained, even where the vectors were removed, and the table does not shrink while it is read."""
+    model, seen = tiny_clip(), []
+
+    def written() -> list[str]:
+        return [row["method"] for row in json.loads((tmp_path / "report.json").read_text())["methods"]]
+
+    def run(*mergings: str) -> list[list[str]]:
+        seen.clear()
+        plan = replace(PLAN, learning_rates={"nonlinear": (1e-3,)})
+        suite = Suite([image_task("three", 3), image_task("four", 4)], None, plan, mergings=mergings)
+        run_suite(model, suite, tmp_path, progress=False, finished=lambda _: seen.append(written()))
+        return seen
+
+    both = ["nonlinear", "nonlinear+ties"]
+    assert run("ties") == [both[:1], both]
+    for file in list(tmp_path.rglob("task_vector.safetensors")):
+        shutil.rmtree(file.parent)
+    assert run("ties") == [both, both] and not list(tmp_path.rglob("task_vector.safetensors"))
+    assert run() == [both] and written() == both[:1]
 
 
 def test_parts_that_another_makes_come_last(tmp_path):
@@ -131,6 +194,8 @@ def test_a_folder_in_which_nothing_can_be_locked(tmp_path):
     ):
         raise AssertionError
     assert not is_being_made(tmp_path / "file" / "part.json")
+    (tmp_path / ".part.json.lock").mkdir()  # nor opened, as that of another user
+    assert not is_being_made(tmp_path / "part.json")
 
 
 @pytest.mark.usefixtures("logged")  # which puts back how much is logged

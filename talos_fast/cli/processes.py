@@ -15,7 +15,7 @@ SHARING = ("suite",)  # by the folder of results, which needs no group
 
 def is_first() -> bool:
     """Whether no process with a lower rank was started with this one."""
-    return _world() == 1 or os.environ.get("RANK", "0") == "0"
+    return _world() == 1 or _number("RANK", 0) == 0
 
 
 def join(ctx: typer.Context) -> None:
@@ -32,7 +32,7 @@ def join(ctx: typer.Context) -> None:
         raise TalosError(f"{command} runs in one process; several are for {', '.join(AS_ONE)} and {SHARING[0]}")
     if torch.cuda.is_available():
         # Some launchers show each process its own GPU only, and with --device cpu there may be fewer GPUs.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     if not is_first():
         logging.getLogger("talos_fast").setLevel(logging.ERROR)
     if command in AS_ONE:
@@ -40,10 +40,17 @@ def join(ctx: typer.Context) -> None:
 
 
 def _world() -> int:
-    world = os.environ.get("WORLD_SIZE") or "1"
-    if not world.isdecimal():
-        raise TalosError(f"WORLD_SIZE={world}: not a number of processes; unset it, or start them by torchrun")
-    return max(1, int(world))
+    return max(1, _number("WORLD_SIZE", 1))
+
+
+def _number(name: str, default: int) -> int:
+    """What a launcher has set, if it has."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise TalosError(
+            f"{name}={value}: not a number that a launcher sets; unset it, or start the processes by torchrun"
+        )
+    return int(value)
 
 
 def _meet(ctx: typer.Context) -> None:

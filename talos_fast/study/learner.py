@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from math import fsum
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -88,7 +89,7 @@ class Learner:
             outcomes = iter(self.outcomes(method, [(lr, task) for lr in new for task in chosen_on], "choose a rate"))
             for lr in new:
                 found = [outcome["validation"] for outcome in islice(outcomes, len(chosen_on))]
-                scores[lr] = sum(found) / len(chosen_on)
+                scores[lr] = fsum(found) / len(chosen_on)  # in any order of the tasks
             best = max(rates, key=lambda lr: scores[lr])
             if number == plan.extend or best not in (rates[0], rates[-1]):
                 break

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,9 +120,13 @@ class Study:
 
     def _rivals(self, mergings: Collection[str]) -> Iterator[MethodResult]:
         """On the vectors of "nonlinear"; addition only."""
-        start, vectors = self.learn("nonlinear")
-        start.single = self.row("nonlinear")["single"]
-        parts = {f"nonlinear+{merging}/addition": partial(self._added, vectors, merging) for merging in mergings}
+        start = replace(MethodResult.from_json(self.row("nonlinear")), target={}, control={}, negation={})
+        vectors = cache(lambda: self.learn("nonlinear")[1])  # where an addition is not there yet
+
+        def add(merging: str) -> dict[str, Any]:
+            return self._added(vectors(), merging)
+
+        parts = {f"nonlinear+{merging}/addition": partial(add, merging) for merging in mergings}
         for merging, found in zip(mergings, self._learner.each(parts, "nonlinear: merge").values(), strict=True):
             row = replace(start, method=f"nonlinear+{merging}")
             _take_addition(row, found)
