@@ -23,7 +23,6 @@ def making(path: Path) -> Iterator[None]:
     """
     lock = _lock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:

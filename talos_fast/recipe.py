@@ -42,7 +42,7 @@ class Recipe:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        progress = (step - self.warmup) / (self.steps - self.warmup)
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

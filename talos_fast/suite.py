@@ -150,9 +150,12 @@ def _keep_rates(cells: Cells, plan: Plan) -> None:
 
 def _goes_on(path: Path, result: StudyResult) -> bool:
     """Whether a report has these rows and more: another process is ahead, or an earlier run came further."""
-    there = json.loads(path.read_text(encoding="utf-8"))["methods"] if path.exists() else []
+    try:
+        there = [row["method"] for row in json.loads(path.read_text(encoding="utf-8"))["methods"]]
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or none of ours: it is written over
+        return False
     mine = [row.method for row in result.methods]
-    return len(there) > len(mine) and [row["method"] for row in there[: len(mine)]] == mine
+    return len(there) > len(mine) and there[: len(mine)] == mine
 
 
 def _write(result: StudyResult, device: torch.device, out: Path) -> None:

@@ -6,10 +6,13 @@ from functools import partial
 import pytest
 import torch
 from cli_cases import made, run_line, write_place
+from tiny_models import text_task
 
 import talos_fast
 from talos_fast import TalosError, TaskVector, models, tasks
+from talos_fast.cli import app
 from talos_fast.cli.options import Run
+from talos_fast.cli.suite import _Given
 from talos_fast.models import Backbone
 
 
@@ -60,6 +63,51 @@ def test_options_reach_the_plan(run, monkeypatch):
     (plan,) = plans
     assert (plan.steps, plan.batch_size, plan.density, plan.samples, plan.limit) == (7, 6, 0.3, 9, 5)
     assert (plan.test_limit, plan.seed, plan.weight_decay) == (4, 3, 0.25)
+
+
+def test_a_suite_goes_on_on_another_gpu_but_not_in_another_precision(run, monkeypatch):
+    given = []
+
+    def recorded(*_, identity, **__):
+        given.append(identity)
+        raise TalosError("recorded")
+
+    monkeypatch.setattr("talos_fast.cli.suite.run_suite", recorded)
+    monkeypatch.setattr(Run, "backbone", lambda self: None)
+    for device in ("cuda", "cuda:1"):
+        run(f"suite --model tiny words.jsonl.gz --pretrained file --device {device} --dtype bfloat16")
+    assert given == [{"pretrained": "file", "device": "cuda", "dtype": "bfloat16"}] * 2
+
+
+def test_options_go_before_a_preset(run, monkeypatch):
+    suites = []
+    given = _Given([text_task()], None, 8, 0.1, 1e-3, {"words": {"epochs": 2, "warmup": 500}})
+    monkeypatch.setattr("talos_fast.cli.suite._given", lambda *_: given)
+    monkeypatch.setattr("talos_fast.cli.suite.run_suite", lambda _, suite, *__, **___: suites.append(suite) or 1 / 0)
+    monkeypatch.setattr(Run, "backbone", lambda self: None)
+    rates = "--lr 3 --lr 2 --lr talos=1e-2 --lr talos=1e-3 --lr talos=1e-2"
+    with pytest.raises(ZeroDivisionError):
+        app(f"suite --model tiny --methods talos,lota --steps 20 --weight-decay 0 {rates}".split())
+    (suite,) = suites
+    assert suite.recipes == {"words": {"warmup": 2, "steps": 20}} and suite.plan.weight_decay == 0
+    assert suite.plan.learning_rates == {"lota": (2, 3), "talos": (1e-3, 1e-2)}
+
+
+@pytest.mark.usefixtures("logged")  # which puts back how much is logged
+@pytest.mark.parametrize("rank, quiet, shown", [("0", "", True), ("0", "-q", False), ("1", "", False)])
+def test_an_interrupted_suite_says_where_it_goes_on(run, monkeypatch, rank, quiet, shown):
+    """And the first process had shown bars."""
+
+    def interrupted(*_, progress, **__):
+        assert progress == shown
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("talos_fast.cli.suite.run_suite", interrupted)
+    monkeypatch.setattr(Run, "backbone", lambda self: None)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank)):
+        monkeypatch.setenv(name, value)
+    code, _, err = run(f"suite --model tiny words.jsonl.gz --out there {quiet}")
+    assert code == 130 and ("the same command goes on from there" in err) == (rank == "0")
 
 
 def test_each_command_reads_the_split_that_it_is_for(run, place, monkeypatch):

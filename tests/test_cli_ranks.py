@@ -1,5 +1,6 @@
 """Commands in two processes, as torchrun starts them: one mask, one vector, one voice."""
 
+import logging
 import os
 import socket
 from contextlib import redirect_stderr, redirect_stdout
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+import typer
 from two_ranks import needs_gloo
 
 from talos_fast import Mask, TalosError, TaskVector
 from talos_fast.cli import app
+from talos_fast.cli.options import resumable
 from talos_fast.cli.processes import is_first
 
 MODEL = "--model tiny --data demo:digits --batch-size 16"
@@ -92,13 +95,55 @@ def test_of_one_process_nothing_is_asked(monkeypatch, world):
         app(["inspect", "mask.safetensors"], standalone_mode=False)
 
 
-def test_processes_may_be_more_than_gpus(monkeypatch):
+def test_a_group_that_cannot_be_made_is_said(monkeypatch):
+    def failing() -> None:
+        raise RuntimeError("timed out")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", failing)
+    with pytest.raises(TalosError, match=r"the processes cannot meet \(timed out\)"):
+        app(LINES[0].split(), standalone_mode=False)
+
+
+def test_a_command_that_fails_leaves_the_group(monkeypatch):
+    left = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    monkeypatch.setattr("talos_fast.cli.processes.leave", lambda: left.append(True))
+    with pytest.raises(TalosError, match="nowhere"):
+        app(["calibrate", "--model", "tiny", "--data", "nowhere"], standalone_mode=False)
+    assert left == [True]
+
+
+@pytest.mark.usefixtures("logged")  # which puts back how much is logged
+@pytest.mark.parametrize("rank, level", [("0", logging.INFO), ("1", logging.ERROR)])
+def test_the_first_process_logs(monkeypatch, rank, level):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TalosError, match="give either --preset"):
+        app(["suite", "--model", "tiny"], standalone_mode=False)
+    assert logging.getLogger("talos_fast").level == level
+
+
+@pytest.mark.parametrize("gpus, expected", [(1, 0), (4, 1)])
+@pytest.mark.parametrize("line, said", [(LINES[0], "cannot meet"), ("suite --model tiny", "give either --preset")])
+def test_processes_may_be_more_than_gpus(monkeypatch, line, said, gpus, expected):
     taken = []
-    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", taken.append)):
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: gpus), ("set_device", taken.append)):
         monkeypatch.setattr(torch.cuda, name, value)
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(TalosError, match="cannot meet"):
-        app(LINES[0].split(), standalone_mode=False)
-    assert taken == [0]
+    with pytest.raises(TalosError, match=said):
+        app(line.split(), standalone_mode=False)
+    assert taken == [expected]
+
+
+@pytest.mark.parametrize("world, rank, first", [("2", "0", True), ("2", "1", False), ("1", "1", True)])
+def test_interrupted_the_first_of_all_machines_says_so(monkeypatch, capfd, world, rank, first):
+    for name, value in (("WORLD_SIZE", world), ("RANK", rank), ("LOCAL_RANK", "01"[first])):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(typer.Exit) as ended, resumable(Path("there")):
+        raise KeyboardInterrupt
+    said = "interrupted; the same command goes on from there\n" if first else ""
+    assert is_first() == first and ended.value.exit_code == 130 and capfd.readouterr() == ("", said)

@@ -277,6 +277,7 @@ def test_accumulation_is_a_larger_batch(net):
     ({"clip": 0.0}, "clip=0.0"),
     ({"schedule": "linear"}, "schedule='linear'"),
     ({"amp": "fp8"}, "amp='fp8'"),
+    ({"accumulate": 0}, "accumulate=0: must be an integer, at least 1"),
     ({"accumulate": 99}, "make no step of accumulate=99"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(net, options, message):

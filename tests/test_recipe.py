@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from talos_fast import Mask, TalosError, finetune
+from talos_fast.recipe import checked_recipe
 
 
 def net() -> nn.Sequential:
@@ -34,6 +35,13 @@ def test_the_warm_up_is_a_tenth_of_a_run_and_500_steps_at_most(steps, warmup, lo
     with pytest.raises(ZeroDivisionError):
         finetune(net(), batches(), method="nonlinear", steps=steps, forward=refuse, progress=False)
     assert f"{steps} steps" in caplog.text and f"after a warm-up of {warmup}," in caplog.text
+
+
+@pytest.mark.parametrize("steps, warmup", [(4, 4), (2, 4), (20, 0)])
+def test_a_warm_up_that_is_asked_for_is_kept(steps, warmup):
+    recipe = checked_recipe([], None, steps, 1.0, warmup, "constant", None, 1, "off", 0)
+    expected = [(step + 1) / warmup if step < warmup else 1.0 for step in range(steps)]
+    assert [recipe.lr_at(step) for step in range(steps)] == expected
 
 
 @pytest.mark.parametrize("epochs, accumulate, steps", [(1, 4, 1), (2, 4, 3), (3, 6, 3), (2, 5, 2)])

@@ -1,5 +1,7 @@
 """A study's runs follow its plan, read the split that they are for, and are compared with what they should be."""
 
+import io
+import sys
 from dataclasses import replace
 
 import pytest
@@ -116,9 +118,31 @@ def test_a_rate_is_chosen_by_the_mean_over_the_first_tasks(backbone, monkeypatch
     assert found["lr"] == best and found["validation_by_lr"]["0.01"] == (0.25 if selection == 1 else 0.5)
 
 
+def test_lota_starts_from_the_vector_of_nonlinear_if_that_is_learned(backbone, odd, monkeypatch):
+    start, given = odd._learner.vector("nonlinear", 1e-3, TASK), []
+
+    def watched(*_, finetuned, **__):
+        given.append(finetuned)
+        return start
+
+    monkeypatch.setattr("talos_fast.study.learner.finetune", watched)
+    alone = Study(backbone, [TASK], None, replace(ODD, learning_rates={"lota": (1e-3,)}), progress=False)
+    for made in (odd, alone):
+        made._learner.vector("lota", 1e-3, TASK)
+    assert len(given) == 2 and (given[0] - start).norm() == 0 and given[1] is None
+
+
+@pytest.mark.parametrize("progress, terminal, shown", [(True, True, True), (True, False, False), (False, True, False)])
+def test_bars_are_for_terminals(backbone, monkeypatch, progress, terminal, shown):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    made = Study(backbone, [TASK], None, PLAN, progress=progress)
+    assert bool(made._learner.bar("learn", 1)([1]).disable) != shown
+
+
 def test_each_rate_has_a_vector_of_its_own(odd):
-    one, other = (odd._learner.vector("nonlinear", lr, TASK) for lr in (1e-3, 1e-2))
-    assert (one.info["lr"], other.info["lr"]) == (1e-3, 1e-2) and (one - other).norm() > 0
+    one, other = (odd._learner.vector("nonlinear", lr, TASK) for lr in (1e-3, 1.25e-3))
+    assert (one.info["lr"], other.info["lr"]) == (1e-3, 1.25e-3) and (one - other).norm() > 0
 
 
 def test_what_a_task_s_recipe_says_goes_before_the_plan(backbone):
@@ -185,6 +209,33 @@ def test_a_rival_merges_by_its_own_method(backbone, monkeypatch):
     assert given == [{"method": "task_arithmetic"}, {"method": "magnitude_prune"}]
 
 
+def test_a_checkpoint_goes_when_its_vector_is_saved(tmp_path, monkeypatch):
+    cells = Cells(tmp_path, {}, checkpoints=True)
+    kept = cells.checkpoint("v")
+    kept.mkdir(parents=True)
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(TaskVector, "save_pretrained", lambda *_: 1 / 0)
+        cells.vector("v", lambda: vector(1.0))
+    assert kept.is_dir()
+    cells.vector("v", lambda: vector(1.0))
+    assert not kept.exists() and Cells(tmp_path, {}).checkpoint("v") is None
+
+
+def test_rivals_come_as_named_each_with_its_own_addition(backbone, monkeypatch):
+    known = {"task_arithmetic": 0.5, "ties": 0.25, "magnitude_prune": 0.75}
+    made = Study(backbone, [TASK], None, replace(PLAN, learning_rates={"nonlinear": (1e-3,)}), progress=False)
+    search = made._search_addition({TASK.name: vector(0.0)}, vector(0.0)).to_json()
+
+    def added(vectors, method="task_arithmetic"):
+        return {"search": search, "added": {TASK.name: known[method]}}
+
+    monkeypatch.setattr(made, "_added", added)
+    rows = [*made.rows(["ties", "magnitude_prune", "ties"])]
+    names = ("nonlinear", "nonlinear+ties", "nonlinear+magnitude_prune")
+    assert [(row.method, row.added[TASK.name]) for row in rows] == [*zip(names, (0.5, 0.25, 0.75), strict=True)]
+    assert [row.single for row in rows] == [rows[0].single] * 3
+
+
 @pytest.mark.parametrize("kept", ["in memory", "in a folder"])
 def test_dropped_vectors_are_made_again(tmp_path, kept):
     cells, made = Cells(tmp_path if kept == "in a folder" else None, {}), []
@@ -196,7 +247,8 @@ def test_dropped_vectors_are_made_again(tmp_path, kept):
     for _ in range(2):
         cells.vector("v", make)
     assert len(made) == 1
-    cells.drop("v")
+    for _ in range(2):  # as two processes do
+        cells.drop("v")
     assert not (tmp_path / "v").exists()
     cells.vector("v", make)
     assert len(made) == 2

@@ -46,13 +46,39 @@ def test_killed_and_resumed_measures_the_same(backbone, tmp_path, monkeypatch):
     assert without_seconds(json.loads(json.dumps(again))) == without_seconds(whole)
     # Three runs a method: two rates on the first task, the better one on the second; and the two that died.
     assert len(calls) == 2 * 3 + 2
+    kept = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("task_vector.safetensors")}
+    assert kept == {f"{method}/{row['lr']:g}/{task}" for method, row in again.items() for task in ("three", "four")}
     assert rows(backbone, PLAN, Cells(tmp_path, asdict(PLAN))) == json.loads(json.dumps(again)) and len(calls) == 8
+
+
+def test_nothing_is_locked_while_processes_share_out_parts(backbone, tmp_path, monkeypatch):
+    locked, values = [], Cells.values
+
+    def watched(self, parts, bar):
+        locked.append(list(tmp_path.rglob(".*.lock")))
+        return values(self, parts, bar)
+
+    monkeypatch.setattr(Cells, "values", watched)
+    plan = replace(PLAN, learning_rates={"nonlinear": (1e-3,)}, steps=1)
+    Study(backbone, [image_task()], None, plan, progress=False, cells=Cells(tmp_path, {})).row("nonlinear")
+    assert locked == [[]] * 3
 
 
 def test_another_plan_is_refused(tmp_path):
     Cells(tmp_path, asdict(PLAN))
     with pytest.raises(TalosError, match=r"another plan \(.*seed: 0 there, 1 here.*steps: 3 there, 4 here"):
         Cells(tmp_path, asdict(replace(PLAN, steps=4, seed=1)))
+    Cells(tmp_path / "more", {"control": 1})
+    with pytest.raises(TalosError, match=r"another plan \(control: 1 there, None here\)"):
+        Cells(tmp_path / "more", {})
+
+
+@pytest.mark.parametrize("extend", [0, 1, 2])
+def test_rates_grow_no_further_than_they_may(backbone, monkeypatch, extend):
+    plan = replace(PLAN, learning_rates={"nonlinear": (1.0, 2.0)}, extend=extend)
+    made = Study(backbone, [task := image_task()], task, plan, progress=False)
+    monkeypatch.setattr(made._learner, "_outcome", lambda method, lr, task: {"validation": lr})
+    assert made._learner.rate("nonlinear")["lr"] == 2.0 ** (1 + extend)
 
 
 @pytest.mark.parametrize("best, tried", [

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import published
@@ -18,9 +19,9 @@ from PIL import Image
 from tiny_models import image_task, tiny_clip
 
 from talos_fast import Mask, TalosError, TaskVector, tasks
-from talos_fast.cli.suite import _done, _shortened
-from talos_fast.study import MethodResult, Plan, Study, examiner, learner
-from talos_fast.suite import Suite, choose_methods, run_suite, task_digest
+from talos_fast.cli.suite import _done, _given, _shortened
+from talos_fast.study import MethodResult, Plan, Study, StudyResult, examiner, learner
+from talos_fast.suite import Suite, _goes_on, choose_methods, run_suite, task_digest
 from talos_fast.tasks import Split
 
 METHODS = ("nonlinear", "linearized", "l-lora", "lota", "talos")
@@ -96,7 +97,7 @@ def test_a_table_of_all_methods(finished):
     for row in report["methods"]:
         assert set(row["single"]) == set(row["added"]) == {"a", "b"} and len(row["addition"]["trials"]) == 21
         assert set(row["target"]) == (set() if "+" in row["method"] else {"a", "b"})
-    assert result.methods[-1].single == result.methods[0].single
+    assert result.methods[-1].single == result.methods[0].single and set(result.zero_shot) == {"a", "b"}
     factors = TaskVector.from_pretrained(out / "cells" / "l-lora" / "0.001" / "a").info["factor_bytes"]
     assert report["methods"][2]["vector_bytes"]["a"] == factors != report["methods"][0]["vector_bytes"]["a"]
     lr = report["methods"][-2]["lr"]
@@ -124,6 +125,7 @@ def test_interrupted_and_resumed_it_gives_the_same(place, small, tmp_path, monke
     run_suite(resumed, whole(place, SMALL), tmp_path, progress=False)
     assert written and all(path.stat().st_mtime_ns == at for path, at in written.items() if path.exists())
     assert same(json.loads((tmp_path / "report.json").read_text())) == small
+    assert len(list(tmp_path.rglob("task_vector.safetensors"))) == 2 * 2  # at the best rates only
 
 
 def test_nothing_is_measured_again(place, finished, monkeypatch):
@@ -132,7 +134,7 @@ def test_nothing_is_measured_again(place, finished, monkeypatch):
 
     for module, name in ((learner, "finetune"), (learner, "calibrate"), (examiner, "evaluate_along")):
         monkeypatch.setattr(module, name, refused)
-    again = run_suite(backbone(), whole(place), finished[0], progress=False)
+    again = run_suite(backbone(), whole(place), str(finished[0]), progress=False)
     assert [row.to_json() for row in again.methods] == [row.to_json() for row in finished[1].methods]
 
 
@@ -169,7 +171,7 @@ def test_without_a_control_nothing_is_negated(place, tmp_path, monkeypatch, capf
     monkeypatch.chdir(place)
     line = f"suite --model tiny a b --methods nonlinear --lr 1e-3 --steps 1 --batch-size 6 -q --out {tmp_path / 'o'}"
     code, said, errors = run_line(monkeypatch, capfd, line)
-    assert code == 0 and "nonlinear: done" in said, errors
+    assert code == 0 and "nonlinear: done" in said and "table.md" in said, errors
     row = json.loads((tmp_path / "o" / "report.json").read_text())["methods"][0]
     assert row["target"] == {} and set(row["added"]) == {"a", "b"}
     assert (tmp_path / "o" / "table.md").read_text().splitlines()[3].split(" | ")[6:8] == ["", ""]
@@ -199,6 +201,15 @@ def test_a_preset_from_a_folder(tmp_path, monkeypatch, capfd):
     assert json.loads((tmp_path / "o" / "report.json").read_text())["zero_shot_control"] is not None
 
 
+def test_a_preset_s_control_gives_way_to_another(place, monkeypatch):
+    preset = SimpleNamespace(
+        tasks=("a",), control="b", task=lambda name, *_: image_task(name), batch_size=1, weight_decay=0.0, lr=1e-3,
+        recipes=dict,
+    )  # fmt: skip
+    monkeypatch.setattr("talos_fast.cli.suite.get_preset", lambda _: preset)
+    assert [_given([], "p", place, control, 0).control.name for control in (None, place / "c")] == ["b", "c"]
+
+
 @pytest.mark.parametrize("line, said", [
     ("", "give either --preset with --data, or --tasks"),
     ("a --preset vision8 --data .", "give either --preset with --data, or --tasks"),
@@ -217,6 +228,7 @@ def test_a_preset_from_a_folder(tmp_path, monkeypatch, capfd):
     ("a b --seed -1", "seed=-1"),
     ("a b --merge average", "merging 'average'"),
     ("a b --merge ties --methods talos", "starts from the vectors of 'nonlinear'"),
+    ("a --out datasets.json", "--out datasets.json: "),
     ("a a", "two tasks are called 'a'"),
 ])  # fmt: skip
 def test_bad_commands(place, monkeypatch, capfd, line, said):
@@ -229,6 +241,7 @@ def test_bad_commands(place, monkeypatch, capfd, line, said):
 @pytest.mark.parametrize("changes, said", [
     ({"learning_rates": {"talos": ()}}, r"learning rates \[\] of 'talos'"),
     ({"learning_rates": {"talos": (2e-3, 1e-3)}}, "ascending"),
+    ({"learning_rates": {"talos": (1e-3, 1.0000001e-3)}}, "ascending"),  # one file, one line of a table
     ({"learning_rates": {"talos": (-1e-3,)}}, "positive"),
     ({"extend": 1}, "extend=1: 'nonlinear' has one learning rate"),
     ({"steps": 0}, "steps=0: must be an integer, at least 1"),
@@ -267,6 +280,8 @@ def test_another_run_is_refused(place, finished):
     with pytest.raises(TalosError, match="no method is given"):
         choose_methods([","])
     assert choose_methods(["talos, nonlinear"]) == ["nonlinear", "talos"] and choose_methods(["all"]) == list(METHODS)
+    with pytest.raises(TalosError, match="method='magic'"):
+        choose_methods(["all,magic"])
 
 
 def test_what_makes_it_another_run(tmp_path, monkeypatch):
@@ -293,6 +308,9 @@ def test_what_makes_it_another_run(tmp_path, monkeypatch):
     both = replace(plan, learning_rates={"nonlinear": (1e-2,), "lota": (1e-3,)})  # whose vectors LoTA would start from
     with pytest.raises(TalosError, match="the results of 'lota' there were made with the learning rates"):
         run_suite(model, Suite([task], None, both), tmp_path, progress=False)
+    for rates in ({"talos": (1e-3,)}, {"talos": (1e-3,), "nonlinear": (1e-2,)}):  # more methods are no other run
+        with pytest.raises(ZeroDivisionError):
+            run_suite(model, Suite([task], None, replace(plan, learning_rates=rates)), tmp_path, progress=False)
     with torch.no_grad():
         next(model.encoder.parameters()).add_(1)
     with pytest.raises(TalosError, match=r"another plan \(base: "):
@@ -315,16 +333,52 @@ def test_digests_follow_labels_prompts_and_choices_but_not_the_place(tmp_path):
     assert len({task_digest(replace(task, train=p, validation=p, test=p)) for p in places}) == 1
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
-def test_results_need_a_name_that_a_file_can_have(place, name):
-    one = replace(tasks.load(place / "a"), name=name)
-    with pytest.raises(TalosError, match="kept in files of its name"):
-        Suite([one], None, SMALL)
+def test_digests_follow_every_part():
+    task = image_task()
+    split, renamed = task.validation, tuple(name.upper() for name in task.class_names)
+    turned, dark = Split(split.inputs, split.labels[::-1]), Split(split.inputs // 2, split.labels)
+    flat = Split(split.inputs.reshape(len(split.labels), 6, 24, 3), split.labels)
+    changes = [{}, {"class_names": renamed}, *({"validation": other} for other in (turned, dark, flat))]
+    for inputs in (["ab", "c"], ["a", "bc"], [Path("cat/1.png")] * 2, [Path("dog/1.png")] * 2):
+        changes.append({"train": (part := Split(inputs, np.array([0, 1]))), "validation": part, "test": part})
+    assert len({task_digest(replace(task, **change)) for change in changes}) == len(changes)
+
+
+def test_a_fine_tuning_keeps_its_state_in_the_folder(tmp_path, monkeypatch):
+    def stopped(*_, checkpoint_dir, **__):
+        raise ZeroDivisionError(checkpoint_dir)
+
+    monkeypatch.setattr(learner, "finetune", stopped)
+    with pytest.raises(ZeroDivisionError, match="cells/nonlinear/0.001/colours/checkpoint"):
+        run_suite(backbone(), Suite([image_task()], None, SMALL), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b"])
+def test_results_need_a_name_that_a_file_can_have(name):
+    one, good = image_task(name), image_task("good")
+    for learned, control in ((one, None), (good, one)):
+        with pytest.raises(TalosError, match="kept in files of its name"):
+            Suite([learned], control, SMALL)
 
 
 def test_a_consensus_takes_two_tasks(place):
     with pytest.raises(TalosError, match="'consensus' takes what two tasks agree on"):
         Suite([tasks.load(place / "a")], None, SMALL, mergings=("consensus",))
+    assert Suite([image_task("a"), image_task("b")], None, SMALL, mergings=("consensus",))
+
+
+@pytest.mark.parametrize("there, ahead", [(None, False), ("a", False), ("ab", True), ("ba", False)])
+def test_a_report_goes_on_if_it_has_the_same_rows_and_more(tmp_path, there, ahead):
+    path, mine = tmp_path / "report.json", StudyResult(SMALL, {}, None, [MethodResult("a", 1e-3, {})])
+    if there:
+        path.write_text(json.dumps({"methods": [{"method": name} for name in there]}))
+    assert _goes_on(path, mine) == ahead
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"methods": [1, 2]}'])
+def test_a_report_of_something_else_is_written_over(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    assert not _goes_on(tmp_path / "report.json", StudyResult(SMALL, {}, None, [MethodResult("a", 1e-3, {})]))
 
 
 def test_a_rate_at_the_end_of_those_tried_is_said():

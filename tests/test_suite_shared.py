@@ -118,10 +118,17 @@ def test_asking_leaves_no_lock_behind(tmp_path, monkeypatch):
     assert not is_being_made(path) and list(tmp_path.iterdir()) == [path]
 
 
+def test_asking_leaves_the_lock_of_a_part_that_is_not_made(tmp_path):
+    lock = locking._lock(tmp_path / "part.json")
+    Path(lock.lock_file).touch()  # its maker died; whoever comes may be opening it
+    assert not is_being_made(tmp_path / "part.json") and Path(lock.lock_file).exists()
+
+
 def test_what_fails_is_made_by_the_next(tmp_path):
     cells = Cells(tmp_path, {})
     with pytest.raises(ZeroDivisionError):
         cells.value("part", lambda: 1 / 0)
+    assert list(tmp_path.rglob("*.lock"))  # whoever waits may hold it by now
     assert cells.value("part", lambda: 2) == Cells(tmp_path, {}).value("part", lambda: 3) == 2
     assert not list(tmp_path.rglob("*.lock"))
 
@@ -184,6 +191,7 @@ def test_parts_that_another_makes_come_last(tmp_path):
         taken = [next(names), next(names)]
     assert [*taken, *names] == ["b", "c", "a"]
     assert cells.values(parts, bar=iter) == {name: name for name in "abc"} and order == ["a", "b", "c"]
+    assert [*Cells().values(parts, bar=lambda names: reversed([*names]))] == ["a", "b", "c"]
 
 
 def test_a_folder_in_which_nothing_can_be_locked(tmp_path):

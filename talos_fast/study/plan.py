@@ -64,7 +64,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for method, rates in self.learning_rates.items():
-            if not (_ascends(rates) and rates[0] > 0):
+            # Files and tables have six digits of a rate.
+            if not (_ascends([float(f"{lr:g}") for lr in rates]) and rates[0] > 0):
                 raise TalosError(f"learning rates {[*rates]} of {method!r}: give positive, finite ones, ascending")
             if self.extend and len(rates) < 2:
                 raise TalosError(f"extend={self.extend}: {method!r} has one learning rate, and no proportion; give two")
