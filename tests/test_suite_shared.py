@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cli_cases import run_line
+from cli_cases import run_line, write_place
 from tiny_models import image_task, tiny_clip
 
 from talos_fast import TalosError, locking, writing
@@ -21,7 +21,10 @@ from talos_fast.locking import is_being_made, making
 from talos_fast.study import Plan, learner
 from talos_fast.suite import Suite, run_suite
 
-PLAN = Plan({"nonlinear": (1e-3,), "lota": (1e-3,), "talos": (1e-3, 1e-2)}, steps=3, batch_size=6, samples=8)
+PLAN = Plan(
+    {"nonlinear": (1e-3,), "lota": (1e-3,), "talos": (1e-3, 1e-2)}, steps=3, batch_size=6, samples=8,
+    addition_grid=(0.0, 0.5, 1.0), negation_grid=(0.0, 0.5, 1.0),
+)  # fmt: skip
 RUNS = 2 + 2 + 4
 
 
@@ -209,10 +212,10 @@ def test_a_folder_in_which_nothing_can_be_locked(tmp_path):
 @pytest.mark.usefixtures("logged")  # which puts back how much is logged
 @pytest.mark.parametrize("rank", [0, 1])
 def test_under_a_launcher_the_first_process_speaks(tmp_path, monkeypatch, capfd, rank):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(write_place(tmp_path))
     for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank)), ("LOCAL_RANK", str(rank))):
         monkeypatch.setenv(name, value)
-    line = "suite --model tiny demo:digits demo:shapes --methods nonlinear --lr 1e-3 --steps 1 --limit 4 --test-limit 4"
+    line = "suite --model bert words.jsonl.gz more.jsonl.gz --methods nonlinear --lr 1e-3 --steps 1 --batch-size 4"
     code, said, errors = run_line(monkeypatch, capfd, line)
     assert code == 0 and not torch.distributed.is_initialized()
     assert ("nonlinear: done" in said and "table.md" in said) if rank == 0 else said == errors == ""
