@@ -37,10 +37,17 @@ install() { "$python" -m uv --quiet pip install --python "$scratch/old/bin/pytho
 "$python" "$root/.ci/oldest.py" > oldest.txt
 install -r oldest.txt "setuptools>=77" wheel ninja pytest pytest-timeout hypothesis expecttest
 install --no-deps "$wheel"
-oldest -m pytest -q -p no:cacheprovider tests/test_{abi,adamw_contract,ops,masked_adam,compact_operator}.py
-oldest -m pytest -q -p no:cacheprovider tests/test_{methods_checkpointed,whole_step}.py -k "clip and (gradients or compile and True)"
-oldest -m pytest -q -p no:cacheprovider tests/test_finetune.py -k "test_compiled and l-lora"
-oldest -m pytest -q -p no:cacheprovider tests/test_{cli,demo_assets,models_load,presets,suite_shared}.py
+tests() { oldest -m pytest -q -p no:cacheprovider "$@"; }
+of_training() {
+  tests tests/test_{methods_checkpointed,whole_step}.py -k "clip and (gradients or compile and True)"
+  tests tests/test_finetune.py -k "test_compiled and l-lora"
+}
+of_training > training.txt 2>&1 &  # two processes at a time, as in `make test`
+training=$!
+tests tests/test_{abi,adamw_contract,ops,masked_adam,compact_operator}.py
+tests tests/test_{cli,demo_assets,models_load,presets,suite_shared}.py
+wait "$training" || { cat training.txt; exit 1; }
+tail -n 1 training.txt
 rm -rf "$root/build"
 oldest -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$scratch/oldest" .
 compiled() { "$python" -m zipfile -l "$1" | grep -o 'talos_fast/_C[^ ]*'; }  # a library that fails is left out

@@ -33,7 +33,6 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_all(rank: int, place: Path, ports: list[int]) -> None:
-    torch.set_num_threads(1)
     os.chdir(place)
     for line, port in zip(LINES, ports, strict=True):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

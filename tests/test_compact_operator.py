@@ -16,6 +16,7 @@ from talos_fast import ops
 from talos_fast.optim.compact_operator import compact_gradient_reference, gather_selected
 from talos_fast.optim.selection import select
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MASKS = {
     "all": torch.ones(65_537, dtype=torch.bool),

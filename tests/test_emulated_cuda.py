@@ -50,7 +50,7 @@ def run(*arguments: str, **environment: str) -> int:
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "2"} | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )

@@ -32,6 +32,8 @@ try:
 except ModuleNotFoundError:  # it needs expecttest, which a machine with a GPU and no network may lack
     suite = None
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def configs(device: str) -> list[dict]:
     cases = suite.optim_inputs_func_adamw(device) if suite else []

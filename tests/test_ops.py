@@ -12,6 +12,7 @@ from talos_fast.sensitivity.accumulate import (
     accumulate_squared_per_sample_reference,
 )
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 ONCE = dict(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -145,11 +145,7 @@ COMMAND += " --batch-size 6 --samples 8 --limit 4 --test-limit 4 -q --out "
 def test_killed_and_resumed_on_the_command_line(place, monkeypatch, capfd):
     """SIGKILL, when the first vectors are there; then the same command, held against a run that was left alone."""
     monkeypatch.chdir(place)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-m", "talos_fast", *(COMMAND + "killed").split()], env=environment)
     vectors, deadline = place / "killed" / "cells" / "nonlinear", time.monotonic() + 300
     while not list(vectors.rglob("task_vector.safetensors")):

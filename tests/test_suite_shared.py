@@ -30,7 +30,6 @@ RUNS = 2 + 2 + 4
 
 def run_shared(rank: int, out: Path, made: Path) -> None:
     """A process of the suite: says which vectors it trains, and takes its time, so that another finds work."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     train = learner.finetune
 

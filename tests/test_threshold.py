@@ -13,6 +13,8 @@ from talos_fast import TalosError
 from talos_fast.sensitivity import kth_smallest, select_extreme, threshold
 from talos_fast.sensitivity.histogram import COUNTS, radix_histogram_reference
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def scores_with_ties(sizes: list[int], levels: int) -> dict[str, torch.Tensor]:
     return {f"p{n}": torch.randint(0, levels, (size,)).float() ** 3 * 1e-9 for n, size in enumerate(sizes)}

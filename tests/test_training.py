@@ -5,7 +5,6 @@ import json
 import sys
 
 import pytest
-import torch
 from conftest import HAS_GPU, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -16,15 +15,6 @@ PLACES = ["torch", "foreach", "cpp", *([] if HAS_GPU else ["interpreter"]), pyte
 # The interpreter takes a second or more for a step of the whole model. benchmarks/training.py takes 200 everywhere, and
 # what came of them is in benchmarks/results/training_*.json.
 STEPS = dict.fromkeys(training.BACKENDS, training.STEPS) | {"foreach": 50, "interpreter": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model gains nothing from a second thread, and on a busy machine loses much by waiting for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -20,7 +19,6 @@ def on_two_ranks(work: Callable[[int, Path], None], folder: Path) -> None:
 
 
 def _process(rank: int, work: Callable[[int, Path], None], folder: Path) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     work(rank, folder)
     (folder / f"done{rank}").touch()
